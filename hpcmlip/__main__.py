@@ -1,0 +1,3 @@
+from hpcmlip.cli import main
+
+main()

@@ -1,0 +1,208 @@
+"""The command line: parses, loads the config, calls one function. Imports inside the commands keep `--help` quick."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpcmlip.errors import ConfigError, UserError
+
+app = typer.Typer(
+    name="hpcmlip",
+    help="From the ANI data sets to an interatomic potential with error bars. A config file may be followed by key=value.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
+]
+
+
+class Scheduler(StrEnum):
+    PROCESSES = "processes"
+    MPI = "mpi"
+    SLURM = "slurm"
+
+
+class DataSet(StrEnum):
+    ANI_1 = "ani-1"
+    ANI_1X = "ani-1x"
+    COMP6 = "comp6"
+
+
+@app.command()
+def shard(
+    data: Annotated[Path, typer.Argument(metavar="DATA.yaml")],
+    overrides: Overrides = None,
+    scheduler: Annotated[
+        Scheduler, typer.Option(help="Where the work runs: processes of this machine, MPI ranks, Slurm jobs.")
+    ] = Scheduler.PROCESSES,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes or jobs; default: one per core.")] = None,
+):
+    """Raw files -> zarr graph store. Run it again after any interruption: it continues."""
+    from hpcmlip.config import load
+    from hpcmlip.preprocess import pipeline
+    from hpcmlip.preprocess.config import DataConfig
+
+    pipeline.shard(load(DataConfig, data, overrides or ()), scheduler=scheduler.value, workers=workers)
+
+
+@app.command()
+def fetch(
+    dataset: Annotated[DataSet, typer.Argument()],
+    to: Annotated[Path, typer.Option(help="Folder for the raw files.")] = Path("raw"),
+):
+    """Download the public files of a data set; resumes, checks sums."""
+    from hpcmlip.preprocess import fetch as fetching
+
+    fetching.fetch(dataset.value, to)
+
+
+@app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(metavar="STORE")],
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+):
+    """What a store holds: counts, sizes, levels, label coverage, offsets, splits, sources."""
+    from hpcmlip.data import inspection
+
+    inspection.show(store, as_json=json)
+
+
+@app.command()
+def verify(store: Annotated[Path, typer.Argument(metavar="STORE")]):
+    """Re-read everything against the checksums; names each damaged chunk."""
+    from hpcmlip.data import inspection
+
+    sys.exit(inspection.verify(store))
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME.")] = None,
+):
+    """Train; alone or under torchrun, srun, mpirun. Continues by itself if the run directory holds a checkpoint."""
+    from hpcmlip.config import RunConfig, load
+    from hpcmlip.training import loop
+
+    config = load(RunConfig, run, overrides or ())
+    sys.exit(loop.train(config, run_dir or Path("runs") / config.name))
+
+
+@app.command()
+def submit(
+    run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
+    overrides: Overrides = None,
+    members: Annotated[int, typer.Option(min=1, help="Size of the ensemble; members differ in their seed.")] = 1,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="STORE", help="Evaluate the ensemble on this store afterwards.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split that is evaluated: train, val or test.")] = "test",
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SITE.yaml",
+            help="Account, partition, modules, GPUs or CPUs a node, container; default: slurm/site.yaml of the package.",
+        ),
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Experiment directory; default: runs/NAME.")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Run the members here, one after another, without Slurm.")
+    ] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="--local: processes a member.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the scripts, submit nothing.")] = False,
+):
+    """Train an ensemble as a Slurm array job, evaluation as a dependent job."""
+    from hpcmlip.cluster import submission
+    from hpcmlip.config import RunConfig, load
+
+    config = load(RunConfig, run, overrides or ())
+    sys.exit(
+        submission.submit(
+            config,
+            run_dir or Path("runs") / config.name,
+            members=members,
+            evaluate=evaluate,
+            split=split,
+            site=site,
+            local=local,
+            ranks=ranks,
+            dry_run=dry_run,
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, or an experiment directory with members.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="STORE")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json, predictions.zarr, plots, report.html.")] = Path(
+        "evaluation"
+    ),
+    units: Annotated[str, typer.Option(help="Energy unit of all figures.")] = "kcal/mol",
+):
+    """Ensemble errors per level of theory with 95 % confidence interval, plots and a report."""
+    from hpcmlip.evaluation import ensemble
+
+    ensemble.evaluate(runs, data, split=split, out=out, unit=units)
+
+
+@app.command()
+def predict(
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL... IN.xyz", help="Run directories (or experiment), then the structures."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Extended XYZ with energies, forces, ensemble spread.")],
+    level: Annotated[str | None, typer.Option(help="Level of theory; default: the last of the config.")] = None,
+):
+    """Energies, forces and ensemble spread of structures in any format that ASE reads."""
+    from hpcmlip.evaluation import prediction
+
+    if len(models) < 2:
+        raise ConfigError(
+            "predict needs at least one model and a file of structures: hpcmlip predict MODEL... IN.xyz -o OUT.xyz"
+        )
+    prediction.predict(models[:-1], models[-1], out, level=level)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(ctx: typer.Context, name: Annotated[str, typer.Argument(help="A file in hpcmlip/bench/.")]):
+    """The benchmarks behind the speed claims; peers run in the same process or interleaved. `hpcmlip bench NAME --help`."""
+    from hpcmlip import plugins
+
+    sys.exit(plugins.find("bench", name).main(ctx.args))
+
+
+@app.command()
+def configs(to: Annotated[Path | None, typer.Option(help="Copy them into this folder.")] = None):
+    """List the configs and samples that come with the package, or copy them to work on."""
+    from hpcmlip.configs import copy_to, listing
+
+    if to is None:
+        print("\n".join(listing()))
+    else:
+        copy_to(to)
+
+
+def main() -> None:
+    """Entry point: a `UserError` becomes its sentence and its exit code."""
+    try:
+        app()
+    except UserError as error:
+        print(f"hpcmlip: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

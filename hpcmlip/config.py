@@ -1,0 +1,294 @@
+"""Configs: typed, frozen, read from YAML once and never changed afterwards.
+
+`Section` is the base of every config class; `load(RunConfig, path, overrides)` reads one. Unknown keys, wrong types and
+contradictions end in a `ConfigError` that names the key and what was expected. Relative paths resolve against the
+folder of the YAML file they stand in (against the current directory for an override from the command line).
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from hpcmlip import plugins
+from hpcmlip.errors import ConfigError
+from hpcmlip.units import ENERGY_UNITS
+
+
+class Section(BaseModel):
+    """A frozen config section: unknown keys are errors, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    path_keys: ClassVar[frozenset[str]] = frozenset()
+    """Dotted keys below this section that hold paths."""
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+EnergyUnit = Literal[tuple(ENERGY_UNITS)]
+LevelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_().+*-]+$")]
+SplitName = Literal["train", "val", "test"]
+
+
+# ---------------------------------------------------------------------------------------------------- RUN.yaml
+
+Labels = Literal["E", "EF"]
+
+
+class DataSection(Section):
+    stores: Annotated[tuple[Path, ...], Field(min_length=1)]
+    levels: Annotated[dict[LevelName, Labels], Field(min_length=1)]
+    """Levels that are trained: E energies only, EF energies and forces."""
+    pairs_per_batch: Count = 20000
+    """Budget of a micro-batch: sum over its structures of N² atom pairs."""
+    blocks_per_batch: Count = 4
+    """A micro-batch mixes about this many molecule sizes."""
+    cache_mb: NonNegative = 1024
+    """Decoded chunks that a process keeps in memory."""
+
+
+class LevelWeights(Section):
+    energy: NonNegative = 1.0
+    forces: NonNegative = 1.0
+    """Counts only where the level is trained EF."""
+    hierarchicality: NonNegative = 0.0
+
+
+class LossSection(Section):
+    kind: Literal["rmse_mae"] = "rmse_mae"
+    unit: EnergyUnit = "kcal/mol"
+    """Energies enter per molecule in this unit, forces per component in this unit per Å."""
+    weights: dict[LevelName, LevelWeights] = {}
+    """Default 1 for each energy and each trained force, 0 for hierarchicality."""
+    hierarchicality: Literal["atom", "molecule", "batch"] = "atom"
+    """Variant of the regulariser (spec §1.6)."""
+
+
+class ScheduleSection(Section):
+    kind: Literal["constant", "plateau", "cosine", "exponential", "one_cycle"] = "plateau"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear rise from 0 before the schedule proper."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """plateau: the rate is multiplied by this; exponential: decay over `decay_epochs`."""
+    patience: Count = 15
+    """plateau: validations without improvement before the rate falls."""
+    min_lr: NonNegative = 0.0
+    """plateau: training ends when the rate falls below; cosine, one_cycle: rate at the end."""
+    decay_epochs: Positive = 10.0
+    """exponential: epochs in which the rate falls by `factor`."""
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """one_cycle: part of the run in which the rate rises (from lr / 25) to lr."""
+
+
+class OptimSection(Section):
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: Positive = 5.0e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1.0e-8
+    weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 0.0
+    """Gradient norm is clipped to this; 0 does not clip."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay a step of the moving average of the weights, which is then what is validated and kept; 0: no average."""
+    schedule: ScheduleSection = ScheduleSection()
+
+
+class TrainSection(Section):
+    epochs: Count = 100
+    micro_batches_per_step: Count = 2
+    """Micro-batches of an optimizer step; the number of processes must divide it."""
+    seed: int = 0
+    """Initial weights and order of the data."""
+    validate_every: Count = 1
+    """Epochs between validations."""
+    checkpoint_minutes: NonNegative = 10.0
+    """Minutes between checkpoints; one is also written at each validation that is the best, and at the end."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints, besides; 0: by time only."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Validations without improvement after which training ends; 0: never."""
+    max_bad_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps with non-finite numbers that are skipped before the run ends with an error."""
+    log_seconds: Positive = 10.0
+
+
+class EngineSection(Section):
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO stage; 3 cannot differentiate forces (it releases gathered weights that the second backward needs)."""
+    precision: Literal["fp32"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_minutes: Positive = 30.0
+    """A collective that waits longer than this ends the run."""
+
+
+class ModelSection(Section):
+    """Base of every model's `Config`; `kind` is the module name in `hpcmlip/models/`."""
+
+    kind: str
+    cutoff: Positive
+    """Å."""
+
+
+class RunConfig(Section):
+    """RUN.yaml: one training run."""
+
+    path_keys = frozenset({"data.stores"})
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")]
+    data: DataSection
+    model: SerializeAsAny[ModelSection]
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    engine: EngineSection = EngineSection()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _model_by_kind(cls, data: Any, handler):
+        if not (isinstance(data, dict) and isinstance(data.get("model"), dict)):
+            return handler(data)
+        kind = data["model"].get("kind")
+        if kind is None:
+            raise ConfigError(f"model.kind is missing{plugins.suggest('', plugins.names('models'))}")
+        model_cls = plugins.find("models", kind).Config
+        model = _validate(model_cls, data["model"], prefix="model.")
+        base = {key: getattr(model, key) for key in ModelSection.model_fields}
+        run = handler(data | {"model": base})
+        return run.model_copy(update={"model": model})
+
+    @model_validator(mode="after")
+    def _check(self):
+        unknown = sorted(set(self.loss.weights) - set(self.data.levels))
+        if unknown:
+            raise ValueError(
+                f"loss.weights names the level '{unknown[0]}', which data.levels does not train"
+                + plugins.suggest(unknown[0], self.data.levels)
+            )
+        return self
+
+    def weights(self, level: str) -> LevelWeights:
+        """Loss weights of a trained level."""
+        return self.loss.weights.get(level, LevelWeights())
+
+
+# ------------------------------------------------------------------------------------------------ reading YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-3 a number (as in YAML 1.2) and a repeated key an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"line {node.start_mark.line + 1}: the key '{key}' stands there twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load(cls: type[ConfigT], path: Path | str, overrides: Sequence[str] = ()) -> ConfigT:
+    """Config of type `cls` from a YAML file; `overrides` are `key.sub=value` with a YAML value.
+
+    Raises ConfigError naming the file and the key.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{text}' is not of the form key=value")
+        _set(values, key.split("."), _resolve(cls, key, _parse(value, f"override '{text}'"), Path.cwd()))
+    return from_values(cls, values, path.parent, where=str(path))
+
+
+def from_values(cls: type[ConfigT], values: dict, folder: Path, *, where: str) -> ConfigT:
+    """Config of type `cls` from plain values; relative paths among them resolve against `folder`."""
+    try:
+        return _validate(cls, {key: _resolve(cls, key, value, folder) for key, value in values.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def read_yaml(path: Path) -> dict:
+    """Mapping in a YAML file; raises ConfigError if it is absent, not YAML or no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}") from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping of keys to values")
+    return values
+
+
+def dump(config: Section) -> str:
+    """YAML text of a config with every default written out."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def _parse(text: str, where: str):
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _set(values: dict, keys: list[str], value) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"cannot set '{'.'.join(keys)}': '{key}' is not a section")
+    values[keys[-1]] = value
+
+
+def _resolve(cls, key: str, value, folder: Path):
+    """`value` with relative paths made absolute, where `key` of `cls` holds paths."""
+    if isinstance(value, dict):
+        return {sub: _resolve(cls, f"{key}.{sub}", item, folder) for sub, item in value.items()}
+    if key not in cls.path_keys:
+        return value
+    if isinstance(value, list):
+        return [_resolve(cls, key, item, folder) for item in value]
+    return str((folder / Path(value).expanduser()).absolute()) if isinstance(value, str) else value
+
+
+def _validate(cls: type[ConfigT], values: dict, prefix: str = "") -> ConfigT:
+    try:
+        # JSON mode: strict about scalars, yet a YAML list may fill a tuple and a string a path
+        return cls.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(cls, item, prefix) for item in error.errors()[:5])) from None
+
+
+def _explain(cls, item: dict, prefix: str) -> str:
+    where = prefix + ".".join(
+        str(part) for part in item["loc"] if not str(part).startswith(("function-", "LevelSource", "tuple["))
+    )
+    if item["type"] == "extra_forbidden":
+        owner = cls
+        for part in item["loc"][:-1]:
+            field = getattr(owner, "model_fields", {}).get(part)
+            owner = getattr(field, "annotation", None)
+        known = getattr(owner, "model_fields", None)
+        return f"unknown key '{where}'" + (plugins.suggest(item["loc"][-1], known) if known else "")
+    if item["type"] == "missing":
+        return f"the key '{where}' is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+    return f"{where}: {message}{got}" if where else message

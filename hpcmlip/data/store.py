@@ -1,0 +1,250 @@
+"""The store: a zarr v3 group per atom count, one metadata read to open, its counts enough for a plan.
+
+Layout (R rows of a group, N atoms, L levels, Lf levels that have forces anywhere):
+
+    zarr.json                   attributes["hpcmlip"] = Meta as JSON; consolidated metadata
+    manifest.json               every file of the store with size and sha256, and the digest of them all
+    molecules       (M, W) u1   key of each molecule (SMILES or formula) as UTF-8 bytes, filled up with 0
+    n014/z          (R, N) u1   atomic numbers
+    n014/pos        (R, N, 3) f4  Å
+    n014/adjacency  (R, ceil(N*N/8)) u1   bit i*N+j (most significant bit first): dist(i, j) < cutoff, i != j; N <= 64 only
+    n014/energy     (R, L) f8   eV, totals; NaN: no label
+    n014/forces     (R, Lf, N, 3) f4  eV/Å; NaN: no label; absent where no level has forces
+    n014/molecule   (R) u4      index into `molecules`
+    n014/source     (R, 3) u4   index into Meta.sources, ordinal of the HDF5 group in that file (sorted by path), row in that group
+
+Rows of a group are sorted by (split, labels, source), so that a run reads only chunks that hold labels it trains on.
+`labels` of a row is a bit mask: bit 2l energy of level l, bit 2l+1 forces of level l.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from hpcmlip.errors import DataError
+
+SCHEMA = 1
+SPLITS = ("train", "val", "test")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of theory as the store holds it."""
+
+    name: str
+    method: str
+    basis: str
+    has_forces: bool
+    atomic_energies: dict[str, float] | None
+    """Isolated atoms, symbol -> eV; None if unknown."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) of a group that share split and labels."""
+
+    split: str
+    labels: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class GroupMeta:
+    """The structures of one atom count."""
+
+    num_atoms: int
+    rows: int
+    rows_per_chunk: int
+    rows_per_shard: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def path(self) -> str:
+        return f"n{self.num_atoms:03d}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A raw file that went in."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Normal equations of composition against energy over the training split of one level, after subtraction of the
+    isolated-atom energies where those are known (float64 eV; additive over stores)."""
+
+    count: int
+    ata: tuple[tuple[float, ...], ...]
+    """[E, E] sum of n nᵀ, n the element counts of a structure."""
+    atb: tuple[float, ...]
+    """[E] sum of n·energy."""
+    btb: float
+    """Sum of energy²."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """All that a plan, a model and a reader of the store need to know without touching an array."""
+
+    schema: int
+    name: str
+    cutoff: float
+    elements: tuple[int, ...]
+    levels: tuple[Level, ...]
+    offsets: tuple[Offsets, ...]
+    groups: tuple[GroupMeta, ...]
+    sources: tuple[Source, ...]
+    split: dict
+    """by, fractions, seed."""
+    num_molecules: int
+    quarantined: int
+
+    @property
+    def force_levels(self) -> tuple[int, ...]:
+        """Level index of each plane of the `forces` arrays."""
+        return tuple(i for i, level in enumerate(self.levels) if level.has_forces)
+
+    @property
+    def num_structures(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+    def level_index(self, name: str) -> int:
+        return [level.name for level in self.levels].index(name)
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict) -> "Meta":
+        def groups():
+            for group in values["groups"]:
+                segments = tuple(Segment(**segment) for segment in group["segments"])
+                yield GroupMeta(**(group | {"segments": segments}))
+
+        return Meta(
+            **(
+                values
+                | {
+                    "elements": tuple(values["elements"]),
+                    "levels": tuple(Level(**level) for level in values["levels"]),
+                    "offsets": tuple(
+                        Offsets(o["count"], tuple(map(tuple, o["ata"])), tuple(o["atb"]), o["btb"])
+                        for o in values["offsets"]
+                    ),
+                    "groups": tuple(groups()),
+                    "sources": tuple(Source(**source) for source in values["sources"]),
+                }
+            )
+        )
+
+
+def energy_bit(level: int) -> int:
+    """Bit of a label mask: the energy of level `level` is there."""
+    return 1 << (2 * level)
+
+
+def forces_bit(level: int) -> int:
+    """Bit of a label mask: the forces of level `level` are there."""
+    return 1 << (2 * level + 1)
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened store; cheap to open, arrays are opened on first use."""
+
+    path: Path
+    meta: Meta
+    digest: str
+    """sha256 over the manifest: the identity of the data."""
+
+    @cached_property
+    def root(self) -> zarr.Group:
+        return zarr.open_group(self.path, mode="r", use_consolidated=True)
+
+    def array(self, group: GroupMeta, name: str) -> zarr.Array:
+        """Array `name` of a group; raises DataError if the store lacks it."""
+        try:
+            return self.root[f"{group.path}/{name}"]
+        except KeyError:
+            raise DataError(
+                f"store {self.path} lacks the array {group.path}/{name}; run 'hpcmlip verify {self.path}'"
+            ) from None
+
+    def read(self, group: GroupMeta, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of an array; raises DataError naming the place if a chunk is damaged or its file missing."""
+        array = self.array(group, name)
+        first, last = start // group.rows_per_shard, (stop - 1) // group.rows_per_shard
+        for shard in range(first, last + 1):
+            self._check_present(f"{group.path}/{name}/c/" + "/".join([str(shard)] + ["0"] * (array.ndim - 1)))
+        try:
+            return array[start:stop]
+        except (ValueError, RuntimeError, OSError) as error:
+            raise DataError(
+                f"store {self.path}: rows {start} to {stop} of {group.path}/{name} are damaged ({error}); "
+                f"run 'hpcmlip verify {self.path}', then shard again"
+            ) from None
+
+    @cached_property
+    def files(self) -> dict[str, dict]:
+        """Manifest entries: relative path -> {"size", "sha256"}."""
+        return read_manifest(self.path)["files"]
+
+    def _check_present(self, name: str) -> None:
+        # zarr reads a missing or empty shard as fill values without a word
+        path = self.path / name
+        size = path.stat().st_size if path.is_file() else None
+        if name not in self.files or size != self.files[name]["size"]:
+            found = "missing" if size is None else f"{size} bytes long"
+            raise DataError(f"store {self.path}: {name} is {found}; run 'hpcmlip verify {self.path}', then shard again")
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a store; raises DataError if it is absent or damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} has no readable {MANIFEST} ({error}): an unfinished or damaged store, shard it again"
+        ) from None
+    if manifest_digest(manifest.get("files", {})) != manifest.get("digest"):
+        raise DataError(f"{path / MANIFEST} does not match its own digest: damaged, shard it again")
+    return manifest
+
+
+def manifest_digest(files: dict[str, dict]) -> str:
+    """sha256 over the sorted file entries of a manifest."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def open_store(path: Path | str) -> Store:
+    """Open a finished store. Raises DataError if it is absent, unfinished, no store of ours, or of a newer schema."""
+    path = Path(path)
+    if not path.is_dir():
+        hint = (
+            f"; {path}.partial is an unfinished one, run the same 'hpcmlip shard' again"
+            if Path(f"{path}.partial").is_dir()
+            else ""
+        )
+        raise DataError(f"there is no store at {path}{hint}")
+    manifest = read_manifest(path)
+    try:
+        raw = (path / "zarr.json").read_bytes()
+        values = json.loads(raw)["attributes"]["hpcmlip"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no hpcmlip store ({type(error).__name__} while reading zarr.json)") from None
+    if values.get("schema", 0) > SCHEMA:
+        raise DataError(f"{path} has schema {values['schema']}, this hpcmlip reads up to {SCHEMA}: upgrade hpcmlip")
+    if hashlib.sha256(raw).hexdigest() != manifest["files"].get("zarr.json", {}).get("sha256"):
+        raise DataError(f"{path / 'zarr.json'} does not match the manifest: damaged, shard it again")
+    return Store(path, Meta.from_json(values), manifest["digest"])
