@@ -47,7 +47,7 @@ class DataSection(Section):
     """Levels that are trained: E energies only, EF energies and forces."""
     pairs_per_batch: Count = 20000
     """Budget of a micro-batch: sum over its structures of N² atom pairs."""
-    blocks_per_batch: Count = 4
+    blocks_per_batch: Annotated[int, Field(ge=2)] = 4
     """A micro-batch mixes about this many molecule sizes."""
     cache_mb: NonNegative = 1024
     """Decoded chunks that a process keeps in memory."""

@@ -48,3 +48,18 @@ def knows_isolated(level: Level, elements: Sequence[int]) -> bool:
     """Does the level carry isolated-atom energies for all these elements?"""
     known = {ATOMIC_NUMBERS[symbol] for symbol in level.atomic_energies or ()}
     return known.issuperset(elements)
+
+
+def shift(offsets: Offsets, energies: np.ndarray) -> Offsets:
+    """The same equations after subtraction of atomic energies [E] eV from every label."""
+    ata, atb = np.asarray(offsets.ata), np.asarray(offsets.atb)
+    moved = offsets.btb - 2 * energies @ atb + energies @ ata @ energies
+    return Offsets(offsets.count, offsets.ata, tuple((atb - ata @ energies).tolist()), float(moved))
+
+
+def spread(offsets: Offsets, columns: Sequence[int], num_elements: int) -> Offsets:
+    """The same equations with element e in column `columns[e]` of `num_elements`."""
+    ata, atb = np.zeros((num_elements, num_elements)), np.zeros(num_elements)
+    ata[np.ix_(columns, columns)] = offsets.ata
+    atb[list(columns)] = offsets.atb
+    return Offsets(offsets.count, tuple(map(tuple, ata.tolist())), tuple(atb.tolist()), offsets.btb)

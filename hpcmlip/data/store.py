@@ -7,11 +7,11 @@ Layout (R rows of a group, N atoms, L levels, Lf levels that have forces anywher
     molecules       (M, W) u1   key of each molecule (SMILES or formula) as UTF-8 bytes, filled up with 0
     n014/z          (R, N) u1   atomic numbers
     n014/pos        (R, N, 3) f4  Å
-    n014/adjacency  (R, ceil(N*N/8)) u1   bit i*N+j (most significant bit first): dist(i, j) < cutoff, i != j; N <= 64 only
+    n014/adjacency  (R, ceil(N*N/8)) u1   bit i*N+j, most significant first: dist(i, j) < cutoff, i != j; N <= 64 only
     n014/energy     (R, L) f8   eV, totals; NaN: no label
     n014/forces     (R, Lf, N, 3) f4  eV/Å; NaN: no label; absent where no level has forces
     n014/molecule   (R) u4      index into `molecules`
-    n014/source     (R, 3) u4   index into Meta.sources, ordinal of the HDF5 group in that file (sorted by path), row in that group
+    n014/source     (R, 3) u4   index into Meta.sources, ordinal of the group in that file (by path), row in it
 
 Rows of a group are sorted by (split, labels, source), so that a run reads only chunks that hold labels it trains on.
 `labels` of a row is a bit mask: bit 2l energy of level l, bit 2l+1 forces of level l.
@@ -182,7 +182,7 @@ class Store:
             ) from None
 
     def read(self, group: GroupMeta, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of an array; raises DataError naming the place if a chunk is damaged or its file missing."""
+        """Rows [start, stop) of an array; raises DataError naming the place if a chunk is damaged or a file missing."""
         array = self.array(group, name)
         first, last = start // group.rows_per_shard, (stop - 1) // group.rows_per_shard
         for shard in range(first, last + 1):
