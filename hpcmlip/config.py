@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from hpcmlip import plugins
 from hpcmlip.errors import ConfigError
@@ -148,19 +148,16 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
 
-    @model_validator(mode="wrap")
+    @field_validator("model", mode="wrap")
     @classmethod
-    def _model_by_kind(cls, data: Any, handler):
-        if not (isinstance(data, dict) and isinstance(data.get("model"), dict)):
-            return handler(data)
-        kind = data["model"].get("kind")
+    def _model_by_kind(cls, value: Any, handler):
+        # of a section as a whole, the handler would see Python values and refuse a list for a tuple
+        if not isinstance(value, dict):
+            return handler(value)
+        kind = value.get("kind")
         if kind is None:
             raise ConfigError(f"model.kind is missing{plugins.suggest('', plugins.names('models'))}")
-        model_cls = plugins.find("models", kind).Config
-        model = _validate(model_cls, data["model"], prefix="model.")
-        base = {key: getattr(model, key) for key in ModelSection.model_fields}
-        run = handler(data | {"model": base})
-        return run.model_copy(update={"model": model})
+        return _validate(plugins.find("models", kind).Config, value, prefix="model.")
 
     @model_validator(mode="after")
     def _check(self):
@@ -280,6 +277,7 @@ def _explain(cls, item: dict, prefix: str) -> str:
     where = prefix + ".".join(
         str(part) for part in item["loc"] if not str(part).startswith(("function-", "LevelSource", "tuple["))
     )
+    where = where.rstrip(".")
     if item["type"] == "extra_forbidden":
         owner = cls
         for part in item["loc"][:-1]:
