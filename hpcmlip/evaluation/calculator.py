@@ -1,0 +1,53 @@
+"""The ensemble as an ASE calculator: `atoms.calc = EnsembleCalculator(["runs/mf"])`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from ase.calculators.calculator import Calculator, all_changes
+
+from hpcmlip.errors import ConfigError
+from hpcmlip.evaluation.members import find_members, load_members
+from hpcmlip.evaluation.prediction import default_level, estimate
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+class EnsembleCalculator(Calculator):
+    """Mean energy and forces of an ensemble at one level of theory, in eV and eV/Å.
+
+    `models` are run directories or experiment directories (or one of them), `level` defaults to the last level of the
+    config. Energies are totals, including the atomic energies of the level, in float64; the network runs in `dtype`
+    (float64 by default: energies that are smooth to the last digit; float32 is as accurate against the reference data).
+    After a calculation `atoms.calc.results` also holds `energy_std` (eV) and `forces_std` [N, 3] (eV/Å), the standard
+    deviation over members, if there are several. Raises DataError for structures that the models do not cover.
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces"]
+
+    def __init__(
+        self,
+        models: Sequence[Path | str] | Path | str,
+        level: str | None = None,
+        device: str = "cpu",
+        *,
+        dtype: str = "float64",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is '{dtype}', expected one of {', '.join(DTYPES)}")
+        paths = [models] if isinstance(models, Path | str) else models
+        runs = find_members([Path(path) for path in paths]).runs
+        self.ensemble = load_members(runs, device=device, dtype=DTYPES[dtype])
+        self.level = level or default_level(self.ensemble)
+        self.ensemble.check_level(self.level)
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        """ASE's hook: fills `results`."""
+        super().calculate(atoms, properties, system_changes)
+        (said,) = estimate(self.ensemble, [self.atoms], self.level, first=None)
+        self.results = {"energy": said.energy, "free_energy": said.energy, "forces": said.forces}
+        if said.energy_std is not None:
+            self.results |= {"energy_std": said.energy_std, "forces_std": said.forces_std}

@@ -1,0 +1,131 @@
+"""What an evaluation leaves: metrics.json, predictions.zarr, plots/ and report.html, complete or not at all.
+
+Everything is written into a folder inside the output folder and then renamed into place; metrics.json goes first and
+comes last, so that its presence says that the rest belongs to it.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from hpcmlip.evaluation import plots, predictions, report, table
+from hpcmlip.evaluation.figures import CONFIDENCE
+from hpcmlip.evaluation.members import Found, Member
+from hpcmlip.evaluation.task import Task
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.zarr"
+PLOTS = "plots"
+REPORT = "report.html"
+VERSIONS = ("hpcmlip", "torch", "numpy", "zarr", "scipy")
+
+
+def write(task: Task, found: Found, figures: dict, *, unit: str, partial: Path) -> None:
+    """Write all files of an evaluation and print the table; rank 0 only."""
+    content = describe(task, found, unit) | figures
+    content["members"] = [
+        about | own for about, own in zip(map(_about, task.ensemble.members), figures["members"], strict=True)
+    ]
+    shapes = predictions.Shapes(len(task.ensemble.members), len(task.levels), len(task.force_levels))
+    attributes = {
+        "levels": list(task.levels),
+        "force_levels": list(task.force_levels),
+        "members": [str(m.path) for m in task.ensemble.members],
+        "energy_unit": "eV",
+        "forces_unit": "eV/Å",
+        "store_digest": content["store"]["digest"],
+        "split": task.split,
+    }
+    predictions.merge(partial / "spill", partial / PREDICTIONS, shapes, attributes)
+    shutil.rmtree(partial / "spill")
+    runs = [m.path if m.path.is_dir() else m.path.parent for m in task.ensemble.members]
+    images = plots.draw(partial / PREDICTIONS, content, runs, partial / PLOTS)
+    (partial / REPORT).write_text(report.render(content, images), encoding="utf-8")
+    (partial / METRICS).write_text(
+        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    publish(partial, partial.parent)
+    table.show(content, partial.parent)
+
+
+def describe(task: Task, found: Found, unit: str) -> dict:
+    """Sections of metrics.json that say what was evaluated."""
+    store = task.dataset.stores[0]
+    meta = store.meta
+    trained_on = [item.get("digest") for item in task.ensemble.first.info.get("data", [])]
+    return {
+        "levels": {},
+        "members": [],
+        "ensemble": {},
+        "unit": unit,
+        "confidence": CONFIDENCE,
+        "trained": task.ensemble.first.trained,
+        "split": {"name": task.split, **meta.split},
+        "notes": notes(task.split, meta.split, store.digest, trained_on),
+        "num_structures": task.dataset.count(task.split),
+        "store": {
+            "path": str(store.path),
+            "name": meta.name,
+            "digest": store.digest,
+            "schema": meta.schema,
+            "num_structures": meta.num_structures,
+            "quarantined": meta.quarantined,
+            "sources": [{"name": s.name, "size": s.size, "sha256": s.sha256} for s in meta.sources],
+        },
+        "trained_on": task.ensemble.first.info.get("data", []),
+        "model": task.ensemble.first.info["config"]["model"],
+        "left_out": list(found.left_out),
+        "versions": {name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
+    }
+
+
+def notes(split: str, how: dict, digest: str, trained_on: list[str | None]) -> list[str]:
+    """What a reader of the figures must know about the split."""
+    said = []
+    if split == "train":
+        said.append("These are errors on the training split: they show the fit, not the accuracy on unseen molecules.")
+    elif split == "val":
+        said.append("The validation split chose the weights that were kept: errors on it are slightly too good.")
+    if how.get("by") == "structure":
+        said.append(
+            "Split by structure: conformers of one molecule stand in the training and in the held-out part, so these "
+            "errors say little about new molecules."
+        )
+    elif how.get("by") == "formula":
+        said.append("Split by formula: no held-out structure shares its composition with a training structure.")
+    elif how.get("by") == "molecule":
+        said.append("Split by molecule: no conformer of a held-out molecule was trained on.")
+    if digest not in trained_on:
+        said.append(
+            "The models were trained on other data than this store; whether structures of it were among their "
+            "training data was not checked."
+        )
+    return said
+
+
+def _about(member: Member) -> dict:
+    info = member.info
+    return {
+        "run": str(member.path),
+        "name": info["config"].get("name"),
+        "seed": info["config"].get("train", {}).get("seed"),
+        "weights_sha256": info["weights_sha256"],
+        "best": info.get("best"),
+    }
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Rename everything in `partial` into `out`, replacing an earlier evaluation; other files there stay."""
+    (out / METRICS).unlink(missing_ok=True)
+    for item in sorted(partial.iterdir(), key=lambda path: path.name == METRICS):
+        target = out / item.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(item, target)
+    partial.rmdir()
