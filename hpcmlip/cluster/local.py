@@ -1,0 +1,103 @@
+"""An ensemble without Slurm: the members one after another on this machine, then the evaluation."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcmlip.cluster.experiment import Experiment, now
+from hpcmlip.errors import EXIT_FAILED, EXIT_RESUMABLE
+
+
+def commands(experiment: Experiment, ranks: int) -> tuple[dict[int, list[str]], list[str] | None]:
+    """Commands of the unfinished members and of the evaluation (None where none is asked for or needed)."""
+    members = {i: train_command(experiment, i, ranks) for i in experiment.unfinished()}
+    wanted = experiment.evaluation is not None and (members or not experiment.is_evaluated())
+    return members, evaluate_command(experiment, ranks) if wanted else None
+
+
+def train_command(experiment: Experiment, member: int, ranks: int) -> list[str]:
+    """Command that trains a member on this machine."""
+    arguments = ["train", str(experiment.config_file(member)), "--run-dir", str(experiment.run_dir(member))]
+    return [*_launcher(ranks), *arguments]
+
+
+def evaluate_command(experiment: Experiment, ranks: int) -> list[str]:
+    """Command that evaluates the experiment on this machine."""
+    evaluation = experiment.evaluation
+    arguments = ["--data", str(evaluation.store), "--split", evaluation.split]
+    return [
+        *_launcher(ranks),
+        "evaluate",
+        str(experiment.folder),
+        *arguments,
+        "--out",
+        str(experiment.evaluation_folder),
+    ]
+
+
+def run(experiment: Experiment, ranks: int) -> int:
+    """Train what is unfinished and evaluate. Exit code: 0; 1 if a member or the evaluation failed; 75 if stopped."""
+    members, evaluation = commands(experiment, ranks)
+    failed = []
+    for member, command in members.items():
+        name = experiment.name(member)
+        print(f"== {name} of {experiment.members} ({ranks} process{'es' if ranks > 1 else ''})", flush=True)
+        _note(experiment, member, "started")
+        code = _run(command, ranks)
+        if code == EXIT_RESUMABLE:
+            _note(experiment, member, "stopped")
+            print(f"== {name} stopped on request; the same command goes on from there", flush=True)
+            return EXIT_RESUMABLE
+        _note(experiment, member, f"failed with exit code {code}" if code else "finished")
+        if code:
+            failed.append(name)
+            print(f"== {name} failed with exit code {code}; the others go on", flush=True)
+    if evaluation is not None and len(failed) < experiment.members:
+        print("== evaluation", flush=True)
+        code = _run(evaluation, ranks)
+        if code == EXIT_RESUMABLE:
+            return code
+        failed += ["the evaluation"] if code else []
+    if failed:
+        print(f"hpcmlip: failed: {', '.join(failed)}", file=sys.stderr, flush=True)
+    return EXIT_FAILED if failed else 0
+
+
+def _launcher(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "-m", "hpcmlip"]
+    # a port that the system chooses; the loopback, because the name of a laptop need not resolve
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    return [sys.executable, "-m", "hpcmlip.cluster.torchrun", *rendezvous, f"--nproc-per-node={ranks}", "-m", "hpcmlip"]
+
+
+def _run(command: Sequence[str], ranks: int) -> int:
+    """Exit code of a command that shares our terminal. A stop signal is passed on and its end awaited."""
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    env = {"OMP_NUM_THREADS": threads, "PYTHONFAULTHANDLER": "1"} | os.environ
+    # a session of its own: Ctrl-C in the terminal then comes once, through us
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    stopped = []
+
+    def pass_on(number, frame):
+        stopped.append(number)
+        # torchrun passes on INT and TERM only
+        process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in signals}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return EXIT_RESUMABLE if stopped and code else code
+
+
+def _note(experiment: Experiment, member: int, what: str) -> None:
+    path: Path = experiment.history_file(member)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{now()} local {what}\n")
