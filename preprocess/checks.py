@@ -1,0 +1,66 @@
+"""Which conformations are bad, and why; which labels a good one carries. Pure."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from hpcmlip.data.adjacency import LARGEST, squared_distances
+from hpcmlip.data.store import energy_bit, forces_bit
+from hpcmlip.preprocess.job import Job
+from hpcmlip.preprocess.readers import Rows
+from hpcmlip.units import SYMBOLS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of R rows."""
+
+    labels: np.ndarray
+    """[R] uint64 label masks."""
+    bad: dict[int, tuple[str, str]]
+    """Row -> (reason, value)."""
+
+
+def judge(rows: Rows, job: Job) -> Verdict:
+    """Labels of each row, and the rows that must not enter the store."""
+    bad: dict[int, tuple[str, str]] = {}
+    R = len(rows.pos)
+
+    def mark(where: np.ndarray, reason: str, value) -> None:
+        for row in np.flatnonzero(where):
+            bad.setdefault(int(row), (reason, str(value(row)) if callable(value) else str(value)))
+
+    unknown = sorted({int(z) for z in rows.numbers} - set(job.elements))
+    if unknown:
+        names = " ".join(SYMBOLS[z] if 0 < z < len(SYMBOLS) else str(z) for z in unknown)
+        mark(np.ones(R, dtype=bool), "unknown element", names)
+    finite = np.isfinite(rows.pos).all(axis=(1, 2))
+    mark(~finite, "position not finite", "nan or inf")
+    nearest = nearest_distances(np.where(finite[:, None, None], rows.pos, 0))
+    mark(finite & (nearest < job.config.min_distance), "atoms too close", lambda row: f"{nearest[row]:.4f}")
+    labels = np.zeros(R, dtype=np.uint64)
+    for i, level in enumerate(job.levels):
+        energy = rows.energy[:, i]
+        mark(np.isinf(energy), f"{level.name} energy infinite", lambda row, e=energy: e[row])
+        labels[np.isfinite(energy)] |= np.uint64(energy_bit(i))
+    for plane, i in enumerate(job.force_levels):
+        forces, name = rows.forces[:, plane].reshape(R, -1), job.levels[i].name
+        mark(np.isinf(forces).any(axis=1), f"{name} forces infinite", "inf")
+        missing = np.isnan(forces).sum(axis=1)
+        partly = (missing > 0) & (missing < forces.shape[1])
+        mark(partly, f"{name} forces partly NaN", lambda row, m=missing: f"{m[row]} of {forces.shape[1]} components")
+        labels[missing == 0] |= np.uint64(forces_bit(i))
+    return Verdict(labels, bad)
+
+
+def nearest_distances(pos: np.ndarray) -> np.ndarray:
+    """[R, N, 3] finite Å -> [R] distance of the two nearest atoms; inf for a single atom."""
+    R, N = pos.shape[:2]
+    if N == 1:
+        return np.full(R, np.inf)
+    if N > LARGEST:
+        return np.array([cKDTree(x).query(x, k=2)[0][:, 1].min() for x in pos])
+    square = squared_distances(pos)
+    square[:, np.arange(N), np.arange(N)] = np.inf
+    return np.sqrt(square.min(axis=(1, 2)))

@@ -1,0 +1,138 @@
+"""Raw files -> store, in two passes of independent tasks; killed at any moment, it continues where it was.
+
+scan (judge every row) -> layout (pure: from counts to shards) -> write (one task, one shard) -> commit (one rename).
+"""
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from hpcmlip.data.store import GroupMeta
+from hpcmlip.errors import DataError, RunError
+from hpcmlip.preprocess import commit, consistency, layout, scan, schedule, summary, write
+from hpcmlip.preprocess.config import DataConfig
+from hpcmlip.preprocess.files import digest, write_whole
+from hpcmlip.preprocess.job import Job, make
+from hpcmlip.preprocess.layout import WriteTask
+from hpcmlip.preprocess.progress import progress
+from hpcmlip.preprocess.readers import RawGroup
+
+log = logging.getLogger(__name__)
+
+MOST_BAD = 0.01
+"""Part of all rows that may be quarantined."""
+
+
+def shard(config: DataConfig, *, scheduler: str = "processes", workers: int | None = None) -> None:
+    """Build the store of a config, or continue building it; prints a summary.
+
+    Raises ConfigError (config, or `out` is something else), DataError (sources, too many bad rows), RunError (locked).
+    """
+    began = time.monotonic()
+    with schedule.executor(scheduler, workers) as execute:
+        if execute is not None:
+            _shard(make(config), execute, began)
+
+
+def _shard(job: Job, execute: schedule.Execute, began: float) -> None:
+    out, console = job.config.out, Console(stderr=True)
+    if commit.finished(job):
+        console.print(f"{out} is complete, nothing to do", highlight=False, soft_wrap=True)
+        return
+    groups = _list_groups(job)
+    with commit.lock(job):
+        if commit.prepare(job):
+            console.print(f"continuing the work in {job.partial}", highlight=False, soft_wrap=True)
+        scanned, num_units = _scan(job, groups, execute, console)
+        metas = _write(job, scanned, execute, console)
+        commit.commit(job, scanned, *metas, scan.quarantine(job, num_units))
+        commit.discard(job)
+    summary.show(
+        out,
+        unlabelled=scanned.rows - scanned.num_bad - scanned.num_kept,
+        seconds=time.monotonic() - began,
+        console=Console(),
+    )
+
+
+def _list_groups(job: Job) -> list[list[RawGroup]]:
+    """Groups of every source; a missing key or file ends the run before work starts."""
+    groups = []
+    for source in range(len(job.sources)):
+        with job.open(source) as file:
+            groups.append(file.groups())
+    if not any(group.rows for listing in groups for group in listing):
+        raise DataError(f"the sources hold no conformation: {', '.join(str(s.path) for s in job.sources)}")
+    return groups
+
+
+@dataclass(frozen=True)
+class DigestTask:
+    """Hash a source; large files take seconds, so it runs beside the scan."""
+
+    job: Job
+    source: int
+    cost: int = 0
+
+    def run(self) -> None:
+        path = self.job.work / "sources" / f"{self.source:05d}.sha256"
+        if not path.is_file():
+            write_whole(path, digest(self.job.sources[self.source].path).encode())
+
+
+def _first_pass(task: DigestTask | scan.ScanTask) -> object:
+    return task.run() if isinstance(task, DigestTask) else scan.run(task)
+
+
+def _scan(job: Job, groups, execute, console: Console) -> tuple[scan.Scanned, int]:
+    units = scan.tasks(job, groups)
+    digests = [DigestTask(job, source) for source in range(len(job.sources))]
+    _run(_first_pass, [*digests, *units], execute, console, "reading")
+    scanned = scan.gather(job, len(units))
+    _judge(job, scanned, len(units))
+    write_whole(job.work / "molecules.json", json.dumps(scanned.molecules).encode())
+    return scanned, len(units)
+
+
+def _judge(job: Job, scanned: scan.Scanned, num_units: int) -> None:
+    """Raises DataError if what was scanned must not become a store."""
+    allowed = MOST_BAD * scanned.rows if job.config.on_bad == "quarantine" else 0
+    if scanned.num_bad > allowed:
+        first = itertools.islice(scan.quarantine(job, num_units), 3)
+        examples = "; ".join(f"{name} {group} row {row}: {why} ({value})" for name, group, row, why, value in first)
+        limit = "more than 1 %" if allowed else "on_bad is 'fail'"
+        raise DataError(
+            f"{scanned.num_bad:,} of {scanned.rows:,} conformations are bad ({limit}), the first: {examples}; "
+            "check units and keys of the sources, or mend them"
+        )
+    if not scanned.num_kept:
+        raise DataError("no conformation carries a label of the levels in the config; check their keys")
+    if not scanned.split_counts()["train"]:
+        raise DataError("the training split is empty: too few molecules for split.by; take more data or another split.by")
+    for split, count in scanned.split_counts().items():
+        wanted = dict(zip(("train", "val", "test"), job.config.split.fractions, strict=True))[split]
+        if wanted and not count:
+            log.warning("the split '%s' is empty: too few molecules for split.by '%s'", split, job.config.split.by)
+    consistency.check(job, scanned.sums)
+
+
+def _write(job: Job, scanned, execute, console: Console) -> tuple[tuple[GroupMeta, ...], list[WriteTask]]:
+    groups = layout.groups(job, scanned)
+    commit.sweep(job)
+    commit.create_arrays(job, groups)
+    tasks = layout.tasks(job, scanned, groups)
+    _run(write.run, tasks, execute, console, "writing")
+    return groups, tasks
+
+
+def _run(function, tasks: Sequence, execute: schedule.Execute, console: Console, what: str) -> None:
+    with progress(console, what, sum(task.cost for task in tasks)) as shown:
+        try:
+            execute(function, tasks, lambda task, _: shown.advance(task.cost))
+        except KeyboardInterrupt:
+            raise RunError("stopped; the same command continues") from None
