@@ -14,6 +14,8 @@ from hpcmlip.units import ENERGY_UNITS
 
 CONFIDENCE = 0.95
 QUANTILES = 10
+LABELS_PER_QUANTILE = 50
+"""Of fewer labels there are fewer groups: an RMSE over less than this is mostly noise."""
 ENSEMBLE, BASELINE = -2, -1
 """Places on the predictor axis of `Sums.errors`; the members stand before them."""
 
@@ -96,7 +98,7 @@ def calibration(bins: np.ndarray, scale: float) -> dict:
     """How the members' standard deviation σ relates to the error of their mean, of the spread sums [bins, 8] in eV.
 
     `pearson` correlates σ with |error|; `within_1_sd` is the part of labels nearer than σ (0.68 for a calibrated normal
-    spread of many members); `quantiles` joins bins of σ into groups of about equal count.
+    spread of many members); `quantiles` are groups of labels by σ.
     """
     total = dict(zip(SPREAD_COLUMNS, bins.sum(0), strict=True))
     n = total["count"]
@@ -115,12 +117,13 @@ def calibration(bins: np.ndarray, scale: float) -> dict:
 
 
 def _quantiles(bins: np.ndarray, scale: float) -> list[dict]:
-    """Rows {"rms_sd", "rmse", "mae", "count"} of neighbouring bins joined until they hold a tenth of all labels."""
+    """Rows {"rms_sd", "rmse", "mae", "count"} of neighboring bins joined into groups of about equal count."""
     ends = np.cumsum(bins[:, 0])
+    groups = int(min(QUANTILES, max(2, ends[-1] // LABELS_PER_QUANTILE)))
     # the group of a bin is that of the middle of its labels
-    group = np.minimum(((ends - bins[:, 0] / 2) * QUANTILES / ends[-1]).astype(int), QUANTILES - 1)
+    group = np.minimum(((ends - bins[:, 0] / 2) * groups / ends[-1]).astype(int), groups - 1)
     rows = []
-    for g in range(QUANTILES):
+    for g in range(groups):
         part = dict(zip(SPREAD_COLUMNS, bins[group == g].sum(0), strict=True))
         if part["count"] > 0:
             rows.append(

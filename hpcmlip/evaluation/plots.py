@@ -7,8 +7,9 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from hpcmlip.evaluation import plot_data
 from hpcmlip.evaluation.figures import unit_of
@@ -32,7 +33,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 """Okabe and Ito's palette: told apart by color-blind readers too."""
 DENSE = 3000
 """Points beyond which a parity plot shows their density."""
-PANEL = (2.9, 2.6)
+PANEL = 2.8
 """Inches of one panel."""
 
 
@@ -51,7 +52,11 @@ def draw(predictions: Path, content: dict, runs: Sequence[Path], folder: Path) -
     images: list[Image | None] = []
     with mpl.rc_context(STYLE):
         images += [_parity(predictions, prop, content, folder) for prop in PROPERTIES]
-        images += [_by_size(content, folder), _spread(content, folder), _learning(runs, folder)]
+        images += [
+            _by_size(content, folder),
+            _spread(content, folder),
+            _learning(runs, list(content["levels"]), folder),
+        ]
     return [image for image in images if image is not None]
 
 
@@ -68,26 +73,26 @@ def _parity(predictions: Path, prop: str, content: dict, folder: Path) -> Image 
     points = plot_data.parity(predictions, prop, unit)
     if not points:
         return None
-    figure = Figure(figsize=(PANEL[0] * len(points) + 0.4, 4.2))
+    figure = Figure(figsize=(PANEL * max(len(points), 1.3) + 0.4, PANEL * 1.6 + 0.5))
     axes = figure.subplots(2, len(points), squeeze=False, sharex="col", height_ratios=(2, 1))
     for column, p in enumerate(points):
         errors = content["ensemble"][p.level][prop]
         _parity_panel(axes[0, column], p, f"MAE {number(errors['mae'])}\nRMSE {number(errors['rmse'])}")
         _error_panel(axes[1, column], p)
-    what = r"$E - \sum\epsilon$" if prop == "energy" else "force component"
-    axes[0, 0].set_ylabel(f"predicted {what} ({unit_of(prop, unit)})")
-    axes[1, 0].set_ylabel(f"error ({unit_of(prop, unit)})")
-    figure.supxlabel(f"reference {what} ({unit_of(prop, unit)})", fontsize=9)
+    symbol, unit = ("E − Σε" if prop == "energy" else "F"), unit_of(prop, unit)
+    axes[0, 0].set_ylabel(f"predicted {symbol} ({unit})")
+    axes[1, 0].set_ylabel(f"error ({unit})")
+    figure.supxlabel(f"reference {symbol} ({unit})", fontsize=9)
     figure.align_ylabels(axes[:, 0])
     name = f"parity_{prop}"
-    header = ("level", f"reference ({unit_of(prop, unit)})", "predicted", "sd_over_members")
+    header = ("level", f"reference ({unit})", "predicted", "sd_over_members")
     plot_data.save(
         folder / f"{name}.csv",
         header,
         (row for p in points for row in zip([p.level] * len(p.sd), p.reference, p.predicted, p.sd, strict=True)),
     )
     drawn = "" if all(p.total == len(p.sd) for p in points) else f" At most {plot_data.MAX_POINTS:,} points are drawn."
-    zero = "Energies are relative to the atomic energies of the composition. " if prop == "energy" else ""
+    zero = "E − Σε: energy above that of the composition (atomic energies ε). " if prop == "energy" else ""
     caption = (
         f"Mean prediction of the ensemble against the reference, per level of theory, and its error. {zero}{drawn}"
     )
@@ -96,7 +101,10 @@ def _parity(predictions: Path, prop: str, content: dict, folder: Path) -> Image 
 
 def _parity_panel(ax: Axes, p: Points, text: str) -> None:
     _cloud(ax, p.reference, p.predicted)
-    ax.axline((p.reference[0], p.reference[0]), slope=1, color="0.4", lw=0.8)
+    low, high = min(p.reference.min(), p.predicted.min()), max(p.reference.max(), p.predicted.max())
+    margin = 0.04 * (high - low) or 1.0
+    ax.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
+    ax.axline((low, low), slope=1, color="0.4", lw=0.8)
     ax.set_title(p.level)
     ax.text(0.05, 0.95, text, transform=ax.transAxes, va="top", fontsize=8)
     ax.text(0.95, 0.05, f"n = {p.total:,}", transform=ax.transAxes, ha="right", fontsize=8)
@@ -104,7 +112,7 @@ def _parity_panel(ax: Axes, p: Points, text: str) -> None:
 
 def _error_panel(ax: Axes, p: Points) -> None:
     error = p.predicted - p.reference
-    _cloud(ax, p.reference, error)
+    _cloud(ax, p.reference, error, flat=True)
     ax.axhline(0, color="0.4", lw=0.8)
     # a few outliers must not flatten the rest
     bound = np.quantile(np.abs(error), 0.998) * 1.4 or 1.0
@@ -115,9 +123,10 @@ def _error_panel(ax: Axes, p: Points) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _cloud(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
+def _cloud(ax: Axes, x: np.ndarray, y: np.ndarray, *, flat: bool = False) -> None:
     if len(x) > DENSE:
-        ax.hexbin(x, y, gridsize=70, bins="log", mincnt=1, cmap="viridis", linewidths=0.1, rasterized=True)
+        grid = (60, 18 if flat else 36)
+        ax.hexbin(x, y, gridsize=grid, bins="log", mincnt=1, cmap="viridis", linewidths=0.1, rasterized=True)
     else:
         ax.plot(x, y, "o", ms=2.5, mew=0, alpha=0.6, color=COLORS[0], rasterized=True)
 
@@ -137,12 +146,12 @@ def _by_size(content: dict, folder: Path) -> Image | None:
     plot_data.save(folder / "error_by_size.csv", ("level", "property", *keys), plot_data.flat_rows(section, keys))
 
     def panel(ax: Axes, prop: str) -> None:
-        for color, (level, rows) in zip(COLORS * 9, section.items(), strict=False):
+        for i, (level, rows) in enumerate(section.items()):
             values = rows.get(prop, [])
-            x, y = [r["num_atoms"] for r in values], [r["rmse"] for r in values]
-            ax.errorbar(
-                x, y, [r["ci95_rmse"] or 0.0 for r in values], fmt="o-", ms=3, capsize=2, color=color, label=level
-            )
+            # side by side, so that the bars of one level do not hide another's
+            x = [r["num_atoms"] + 0.12 * (i - (len(section) - 1) / 2) for r in values]
+            y, bars = [r["rmse"] for r in values], [r["ci95_rmse"] or 0.0 for r in values]
+            ax.errorbar(x, y, bars, fmt="o-", ms=3, capsize=2, elinewidth=0.8, color=_color(i), label=level)
         ax.set_xlabel("atoms in the structure")
         ax.set_ylabel(f"RMSE, {prop} ({unit_of(prop, content['unit'])})")
         ax.set_ylim(bottom=0)
@@ -162,12 +171,13 @@ def _spread(content: dict, folder: Path) -> Image | None:
     plot_data.save(folder / "spread.csv", ("level", "property", *keys), plot_data.flat_rows(section, keys))
 
     def panel(ax: Axes, prop: str) -> None:
-        for color, (level, rows) in zip(COLORS * 9, section.items(), strict=False):
-            values = rows.get(prop, [])
-            ax.loglog([r["rms_sd"] for r in values], [r["rmse"] for r in values], "o-", ms=3, color=color, label=level)
-        ends = np.array([f(ax.get_xlim()) for f in (min, max)])
-        ax.plot(ends, ends, "--", color="0.4", lw=0.8, label="equal")
+        for i, (level, rows) in enumerate(section.items()):
+            x, y = ([r[key] for r in rows.get(prop, [])] for key in ("rms_sd", "rmse"))
+            ax.loglog(x, y, "o-", ms=3, color=_color(i), label=level)
+        ends = np.array(ax.get_xlim())
+        ax.plot(ends, ends, "--", color="0.4", lw=0.8, label="error = spread")
         ax.set_xlim(*ends)
+        _plain_numbers(ax.xaxis, ax.yaxis)
         ax.set_xlabel(f"spread of the members, {prop} ({unit_of(prop, content['unit'])})")
         ax.set_ylabel(f"RMSE of their mean ({unit_of(prop, content['unit'])})")
 
@@ -176,6 +186,20 @@ def _spread(content: dict, folder: Path) -> Image | None:
         "the dashed line the ensemble is more confident than it should be."
     )
     return _save(_row(props, panel), folder / "spread.png", "Spread against error", caption)
+
+
+def _color(level: int) -> str:
+    return COLORS[level % len(COLORS)]
+
+
+def _plain_numbers(*axes: Axis) -> None:
+    """Ticks of a logarithmic axis as 0.5, 1, 2 instead of powers of ten; few of them."""
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        subs = (1, 2, 5) if high / low < 200 else (1,)
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _row(props: Sequence[str], panel: Callable[[Axes, str], None]) -> Figure:
@@ -191,7 +215,7 @@ def _row(props: Sequence[str], panel: Callable[[Axes, str], None]) -> Figure:
 # ----------------------------------------------------------------------------------------------- learning curves
 
 
-def _learning(runs: Sequence[Path], folder: Path) -> Image | None:
+def _learning(runs: Sequence[Path], levels: Sequence[str], folder: Path) -> Image | None:
     curves = plot_data.learning_curves(runs)
     if not curves:
         return None
@@ -201,7 +225,8 @@ def _learning(runs: Sequence[Path], folder: Path) -> Image | None:
         ((c.member, c.level, c.quantity, c.unit, *xy) for c in curves for xy in zip(c.epoch, c.value, strict=True)),
     )
     kinds = [kind for kind in ("objective", *PROPERTIES) if any(c.quantity == kind for c in curves)]
-    levels = sorted({c.level for c in curves if c.level})
+    # the evaluated levels first, so that a level has one color in all plots
+    levels = [*levels, *sorted({c.level for c in curves if c.level} - set(levels))]
     figure = Figure(figsize=(3.0 * len(kinds) + 0.3, 2.9))
     for ax, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds))), kinds, strict=True):
         _learning_panel(ax, kind, [c for c in curves if c.quantity == kind], levels)
@@ -212,13 +237,14 @@ def _learning(runs: Sequence[Path], folder: Path) -> Image | None:
 def _learning_panel(ax: Axes, kind: str, curves: Sequence[Curve], levels: Sequence[str]) -> None:
     named = set()
     for c in curves:
-        color = COLORS[levels.index(c.level) % len(COLORS)] if c.level else "0.25"
+        color = _color(levels.index(c.level)) if c.level else "0.25"
         label = c.level if c.level and c.level not in named else None
         named.add(c.level)
         ax.semilogy(
             c.epoch, c.value, color=color, alpha=0.8, lw=1.0, label=label, marker="." if len(c.epoch) < 3 else None
         )
     unit = curves[0].unit
+    _plain_numbers(ax.yaxis)
     ax.set_xlabel("epoch")
     ax.set_ylabel(f"{'objective' if kind == 'objective' else f'RMSE, {kind}'} ({unit})" if unit else kind)
     if named - {""}:

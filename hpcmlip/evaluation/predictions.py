@@ -1,7 +1,7 @@
 """predictions.zarr: what was predicted for every structure, as zarr v3 with one group per atom count.
 
-Rows are sorted by source, energies are totals in eV; the names of members and levels are attributes of the root. R rows,
-N atoms, P members, L levels, Lf levels with forces:
+Rows are sorted by source, energies are totals in eV; the names of members and levels are attributes of the root.
+R rows, N atoms, P members, L levels, Lf levels with forces:
 
     n014/z               (R, N) u1
     n014/source          (R, 3) u4   file, group, row, as in the store

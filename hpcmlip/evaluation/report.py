@@ -24,11 +24,11 @@ def render(content: dict, images: Sequence[Image]) -> str:
     title = f"Evaluation of {_names(content)} on {content['store']['name']}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="small">{escape(table.caption(content))}.</p>',
+        f'<p class="small">{escape(table.caption(content))}</p>',
         *(f'<p class="note">{escape(note)}</p>' for note in content["notes"]),
         *(f'<p class="note">Left out: {escape(i["run"])}: {escape(i["reason"])}</p>' for i in content["left_out"]),
         "<h2>Errors</h2>",
-        _table(table.HEADER, table.rows(content), numeric_from=3),
+        _table(table.HEADER, table.rows(content), numeric_from=table.FIRST_NUMBER),
         f"<p>{_how_to_cite(content)}</p>",
         "<h2>What was trained</h2>",
         _training(content),
@@ -69,7 +69,7 @@ def _how_to_cite(content: dict) -> str:
     text = (
         f"{energies} To cite: “{example} (mean and 95 % confidence interval over {n} independently seeded models, "
         "Student's t)”. The interval covers initialization and data order; it does not cover the choice of the split. "
-        "“Ensemble RMSE” is the error of the mean prediction of all members, which is what the ASE calculator returns."
+        "The column “ensemble” is the RMSE of the members' mean prediction, which is what the ASE calculator returns."
     )
     return escape(text)
 

@@ -2,78 +2,79 @@
 
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-HEADER = ("level", "property", "trained", "MAE", "RMSE", "ensemble RMSE", "baseline RMSE", "labels")
+from hpcmlip.evaluation.figures import unit_of
+
+HEADER = ("level", "property", "trained", "MAE", "RMSE", "ensemble", "baseline", "labels")
+FIRST_NUMBER = 3
+"""Column from which on the cells are numbers."""
+LOG_WIDTH = 100
+"""Columns of a table in a log file, where there is no terminal to ask."""
 
 
 def rows(content: dict) -> list[tuple[str, ...]]:
     """Rows of strings under `HEADER`, one a level and property that has labels."""
-    found = []
-    for level, props in content["levels"].items():
-        for prop, values in props.items():
-            found.append(
-                (
-                    level,
-                    f"{prop} ({values['unit']})",
-                    _trained(content["trained"].get(level, ""), prop),
-                    estimate(values["mae"], values["ci95_mae"]),
-                    estimate(values["rmse"], values["ci95_rmse"]),
-                    number(content["ensemble"][level][prop]["rmse"]),
-                    number(content["baseline"][level][prop]["rmse"]),
-                    f"{values['count']:,}",
-                )
-            )
-    return found
-
-
-def _trained(labels: str, prop: str) -> str:
-    return "yes" if prop[0].upper() in labels else "no"
+    return [
+        (
+            level,
+            prop,
+            "yes" if prop[0].upper() in content["trained"].get(level, "") else "no",
+            estimate(values["mae"], values["ci95_mae"]),
+            estimate(values["rmse"], values["ci95_rmse"]),
+            number(content["ensemble"][level][prop]["rmse"]),
+            number(content["baseline"][level][prop]["rmse"]),
+            f"{values['count']:,}",
+        )
+        for level, props in content["levels"].items()
+        for prop, values in props.items()
+    ]
 
 
 def number(value: float) -> str:
-    """Three significant digits at least, two decimals at least below 100."""
+    """Three significant digits, at least two decimals from 1 to 100."""
     if value >= 100:
         return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 1 else f"{value:.3g}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def estimate(value: float, half_width: float | None) -> str:
-    """`mean ± half-width`, the mean to the digits of a half-width of two significant digits."""
+    """`mean ± half-width` with the decimals that give a half-width below 1 two digits."""
     if half_width is None:
         return number(value)
     digits = 2
-    while digits < 8 and round(half_width, digits) < 10 ** (1 - digits):
+    while digits < 8 and half_width < 9.5 * 10.0**-digits:
         digits += 1
     return f"{value:.{digits}f} ± {half_width:.{digits}f}"
 
 
 def caption(content: dict) -> str:
-    """What the figures are, in one or two sentences."""
-    n, split = len(content["members"]), content["split"]
-    what = (
-        f"mean ± half-width of the 95 % t interval over {n} members"
-        if n > 1
-        else "one member: no interval, no ensemble"
-    )
+    """What the figures are."""
+    n, split, unit = len(content["members"]), content["split"], content["unit"]
+    what = f"mean ± half-width of the 95 % t interval over {n} members" if n > 1 else "one member, hence no interval"
     return (
-        f"{what}; split '{split['name']}' ({content['num_structures']:,} structures, split by {split.get('by', '?')}) "
-        f"of {content['store']['name']}; baseline: composition alone, zero forces"
+        f"Split '{split['name']}' of {content['store']['name']}: {content['num_structures']:,} structures, split by "
+        f"{split.get('by', '?')}. Energies in {unit}, forces in {unit_of('forces', unit)}. MAE, RMSE: {what}; "
+        "ensemble: RMSE of the members' mean prediction; baseline: RMSE of composition alone and zero forces."
     )
 
 
 def show(content: dict, out: Path) -> None:
     """Print the table and where the files lie."""
     console = Console()
-    grid = Table(title=None, caption=caption(content), caption_justify="left")
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(HEADER):
-        grid.add_column(name, justify="left" if i < 3 else "right", overflow="fold")
+        grid.add_column(name, justify="left" if i < FIRST_NUMBER else "right", overflow="fold")
     for row in rows(content):
         grid.add_row(*row)
     console.print(grid)
+    console.print(caption(content), markup=False, highlight=False)
     for item in content["left_out"]:
-        console.print(f"left out: {item['run']}: {item['reason']}", markup=False)
+        console.print(f"left out: {item['run']}: {item['reason']}", markup=False, highlight=False)
     for note in content["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
+        console.print(f"note: {note}", markup=False, highlight=False)
+    console.print(f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
