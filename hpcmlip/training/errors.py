@@ -3,6 +3,8 @@
 Never a mean of means: ranks, blocks and steps hold different numbers of atoms and labels.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,27 +32,44 @@ def batch_errors(batch: AtomsBatch, prediction: Prediction) -> dict[str, tuple[T
     return errors
 
 
+Penalty = Callable[[Tensor], Tensor]
+"""Error -> penalty, element by element."""
+
+
 def error_sums(spec: DataSpec, batch: AtomsBatch, prediction: Prediction) -> Tensor:
     """[L, 2, 3] float64: (count, Σ|e|, Σe²) of energies (eV) and force components (eV/Å) of each level; differentiable."""
+    return penalty_sums(spec, batch, prediction, (torch.abs, torch.square))
+
+
+def penalty_sums(
+    spec: DataSpec, batch: AtomsBatch, prediction: Prediction, penalties: Sequence[Penalty], *, unit: float = 1.0
+) -> Tensor:
+    """[L, 2, 1 + P] float64: count and the sum of each penalty of the errors, per level and property; differentiable.
+
+    `unit` is the size in eV of the energy unit in which the penalties see the errors.
+    """
     errors = batch_errors(batch, prediction)
-    sums = torch.zeros(len(spec.levels), 2, 3, dtype=torch.float64, device=batch.pos.device)
-    sums = sums.index_copy(1, _index(0, sums), _column_sums(*errors["energy"])[:, None])
+    sums = torch.zeros(len(spec.levels), 2, 1 + len(penalties), dtype=torch.float64, device=batch.pos.device)
+    energy = _column_sums(*errors["energy"], penalties, unit)
+    sums = sums.index_copy(1, _index([0], sums), energy[:, None])
     if "forces" in errors and spec.force_levels:
-        force = torch.zeros(len(spec.levels), 3, dtype=torch.float64, device=batch.pos.device)
-        levels = torch.tensor(spec.force_levels, device=sums.device)
-        force = force.index_copy(0, levels, _column_sums(*(x.transpose(1, 2).flatten(0, 1) for x in errors["forces"])))
-        sums = sums.index_copy(1, _index(1, sums), force[:, None])
+        error, mask = (x.transpose(1, 2).flatten(0, 1) for x in errors["forces"])  # [A * 3, Lf]
+        force = torch.zeros_like(sums[:, 1])
+        force = force.index_copy(0, _index(spec.force_levels, sums), _column_sums(error, mask, penalties, unit))
+        sums = sums.index_copy(1, _index([1], sums), force[:, None])
     return sums
 
 
-def _index(value: int, like: Tensor) -> Tensor:
-    return torch.tensor([value], device=like.device)
+def _index(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device)
 
 
-def _column_sums(error: Tensor, mask: Tensor) -> Tensor:
-    """[n, C], [n, C] -> [C, 3] float64."""
-    e = error.double()
-    return torch.stack([mask.double().sum(0), e.abs().sum(0), (e * e).sum(0)], dim=1)
+def _column_sums(error: Tensor, mask: Tensor, penalties: Sequence[Penalty], unit: float) -> Tensor:
+    """[n, C], [n, C] -> [C, 1 + P] float64."""
+    e = error.double() / unit
+    # a penalty of 0 need not be 0
+    values = [torch.where(mask, penalty(e), 0.0).sum(0) for penalty in penalties]
+    return torch.stack([mask.double().sum(0), *values], dim=1)
 
 
 def figures(spec: DataSpec, sums: Tensor, unit: str = "kcal/mol") -> dict[str, dict[str, dict]]:

@@ -1,0 +1,146 @@
+"""Checkpoints: a folder per step with safetensors, a JSON state and a manifest, visible only when it is complete.
+
+Weights, optimizer moments and averages are stored whole, as float32, whatever the number of ranks and the ZeRO stage;
+both may change before the run goes on. Nothing is ever unpickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hpcmlip.errors import RunError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+_TEMPORARY = ".tmp-"
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""File stem ("master", "exp_avg", ...) -> parameter name -> tensor."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read back."""
+
+    path: Path
+    state: dict
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
+    """Write `folder`/step_XXXXXXXX: temporary folder, hashes, fsync, rename. Raises OSError and then leaves nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rest in folder.glob(f"{_TEMPORARY}*"):  # of a job that was killed; the run directory is locked by this one
+        shutil.rmtree(rest)
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    temporary.mkdir()
+    try:
+        contents = {f"{name}.safetensors": safetensors.torch.save(dict(group)) for name, group in tensors.items()}
+        contents[STATE] = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1).encode()
+        for name, content in contents.items():
+            _write(temporary / name, content)
+        _write(temporary / MANIFEST, json.dumps(_manifest(contents), indent=1).encode())
+        _sync_folder(temporary)
+        if final.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _manifest(contents: Mapping[str, bytes]) -> dict:
+    files = {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+    return {"schema": SCHEMA, "files": files}
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending, valid or not."""
+    names = [path.name for path in folder.glob("step_*")] if folder.is_dir() else []
+    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit())
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None if there is none at all.
+
+    Says in the log why others were passed over. Raises RunError if some exist but none verifies.
+    """
+    reasons = []
+    for step in reversed(steps(folder)):
+        path = folder / f"step_{step:08d}"
+        try:
+            return read(path)
+        except RunError as error:
+            reasons.append(str(error))
+            log.warning("%s; looking for an older one", error)
+    if reasons:
+        raise RunError(
+            f"none of the {len(reasons)} checkpoints in {folder} is sound (the newest: {reasons[0]}); "
+            f"restore them from a copy, or remove {folder} to start again from the beginning"
+        )
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint, every file checked against the manifest. Raises RunError naming what is wrong."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["schema"] > SCHEMA:
+            raise RunError(f"checkpoint {path} has schema {manifest['schema']}, this hpcmlip reads up to {SCHEMA}")
+        contents = {name: _verified(path / name, entry) for name, entry in manifest["files"].items()}
+        state = json.loads(contents.pop(STATE))
+        tensors = {Path(name).stem: safetensors.torch.load(content) for name, content in contents.items()}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise RunError(f"checkpoint {path} cannot be read ({reason})") from None
+    return Checkpoint(path, state, tensors)
+
+
+def _verified(path: Path, entry: Mapping) -> bytes:
+    content = path.read_bytes()
+    if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise RunError(f"checkpoint {path.parent} is damaged ({path.name} does not match its hash)")
+    return content
+
+
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of step `best`."""
+    for step in steps(folder)[:-keep]:
+        if step != best:
+            # a folder that cannot be removed costs space, not the run
+            with contextlib.suppress(OSError):
+                shutil.rmtree(folder / f"step_{step:08d}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

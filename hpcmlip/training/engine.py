@@ -1,0 +1,215 @@
+"""One optimizer step through DeepSpeed: ZeRO stage 0, 1 or 2, exact global normalization, no step on non-finite numbers.
+
+Known of DeepSpeed 0.19 (read in its source, and tested here): forces must be taken inside the wrapped module;
+`gradient_clipping` is 1.0 unless given; stages 1 and 2 skip a step whose global gradient norm is not finite, stage 0
+does not look; gradients are averaged over ranks, hence the factor in `surrogate`.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpcmlip import dist
+from hpcmlip.batch import AtomsBatch
+from hpcmlip.config import OptimSection, RunConfig
+from hpcmlip.dist import World
+from hpcmlip.training.errors import batch_errors
+from hpcmlip.training.objective import Objective, surrogate
+
+log = logging.getLogger(__name__)
+
+MicroBatch = tuple[AtomsBatch, ...]
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What the optimizers keep for each parameter, besides the number of updates."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know after a step."""
+
+    loss: float
+    """Objective of the step in `loss.unit`; not finite for a bad step."""
+    applied: bool
+    """Were the weights updated?"""
+    flags: tuple[float, ...]
+    """The flags handed in, added over ranks."""
+
+
+class Engine:
+    """An objective under DeepSpeed: `step` it, read and set its state."""
+
+    def __init__(self, objective: Objective, config: RunConfig, world: World, device: torch.device):
+        self.world, self.device = world, device
+        self.objective = objective.to(device)
+        self._stage = config.engine.zero_stage
+        per_rank = config.train.micro_batches_per_step // world.size
+        self._deepspeed = _initialize(self.objective, config, world, per_rank)
+        dist.limit_waiting(config.engine.timeout_minutes)
+        self._prepare_moments()
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def step(self, micro_batches: Sequence[MicroBatch], lr: float, flags: Sequence[float] = ()) -> StepResult:
+        """One optimizer step over the micro-batches of all ranks; `flags` ride on its one reduction of sums.
+
+        Nothing is updated, on any rank, if the sums or the gradients are not finite.
+        """
+        local = self._local_sums(micro_batches)
+        total = sum(sums.detach() for _, sums in local)
+        extra = torch.tensor(flags, dtype=total.dtype, device=total.device)
+        reduced = dist.all_sum(torch.cat([total, extra]))
+        total, flags = reduced[: len(total)], tuple(reduced[len(total) :].tolist())
+        loss = float(self.objective.value(total))
+        if not (math.isfinite(loss) and bool(torch.isfinite(total).all())):
+            return StepResult(math.nan, False, flags)
+        slope = self.objective.slope(total)
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        return StepResult(loss, self._update(local, slope), flags)
+
+    def _local_sums(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, Tensor]]:
+        """Micro-batches with their sums, the last first and with its graph: memory holds one graph at a time."""
+        *others, last = [tuple(block.to(self.device) for block in blocks) for blocks in micro_batches]
+        found = []
+        self._deepspeed.eval()
+        for blocks in others:
+            with torch.no_grad():
+                found.append((blocks, self.objective(blocks)))
+        self._deepspeed.train()
+        return [(last, self._deepspeed(last)), *found]
+
+    def _update(self, local: Sequence[tuple[MicroBatch, Tensor]], slope: Tensor) -> bool:
+        for i, (blocks, sums) in enumerate(local):
+            self._deepspeed.set_gradient_accumulation_boundary(i == len(local) - 1)
+            with_graph = sums if i == 0 else self._deepspeed(blocks)
+            self._deepspeed.backward(surrogate(with_graph, slope, self.world.size), scale_wrt_gas=False)
+        if self._stage == 0 and not self._gradients_finite():
+            self._deepspeed.zero_grad()
+            return False
+        self._deepspeed.step()
+        return self._deepspeed.was_step_applied()
+
+    def _gradients_finite(self) -> bool:
+        """At stage 0, where every rank holds the same averaged gradients."""
+        gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
+        return all(bool(torch.isfinite(g).all()) for g in gradients)
+
+    def bad_sources(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
+        """(store, file, group, row) of the structures of this rank whose energies, forces or labels are not finite."""
+        bad = []
+        self._deepspeed.eval()
+        for blocks in micro_batches:
+            moved = [block.to(self.device) for block in blocks]
+            with torch.no_grad():
+                predictions = self.objective.potential(moved)
+            for block, prediction in zip(moved, predictions, strict=True):
+                wrong = torch.zeros_like(block.weight, dtype=torch.bool)
+                for prop, (error, _) in batch_errors(block, prediction).items():
+                    rows = (~torch.isfinite(error)).flatten(1).any(1)
+                    wrong |= rows if prop == "energy" else block.topology.sum_atoms(rows.double()) > 0
+                bad += [tuple(map(int, source)) for source in block.source[wrong.cpu().numpy()]]
+        self._deepspeed.train()
+        return bad
+
+    # -------------------------------------------------------------------------------------------------------- state
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Trainable parameters of the potential by name; at these stages every rank holds them whole."""
+        return {n: p for n, p in self.objective.potential.named_parameters() if p.requires_grad}
+
+    def gather_state(self) -> dict[str, dict[str, Tensor]]:
+        """{"master" | moment: {parameter: fp32 tensor on the CPU}}, whole on every rank. A collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state: dict[str, dict[str, Tensor]] = {key: {} for key in ("master", *MOMENTS)}
+        for name, p in self.parameters().items():
+            whole = p.detach() if self._stage == 0 else safe_get_full_fp32_param(p)
+            state["master"][name] = whole.float().cpu().clone()
+            for key in MOMENTS:
+                inner = self._inner.state[p][key] if self._stage == 0 else safe_get_full_optimizer_state(p, key)
+                state[key][name] = inner.float().cpu().clone()
+        return state
+
+    def restore_state(self, state: dict[str, dict[str, Tensor]], updates: int) -> None:
+        """Set what `gather_state` gave, at any stage and on any number of ranks, after `updates` optimizer updates."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        with torch.no_grad():
+            for name, p in self.parameters().items():
+                p.copy_(state["master"][name])
+                if self._stage != 0:
+                    safe_set_full_fp32_param(p, p.detach().float())
+                for key in MOMENTS:
+                    value = state[key][name].to(self.device)
+                    if self._stage == 0:
+                        self._inner.state[p][key].copy_(value)
+                    else:
+                        safe_set_full_optimizer_state(p, value, key)
+        for held in self._inner.state.values():
+            held["step"].fill_(float(updates))
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer, which at stages 1 and 2 sits inside DeepSpeed's."""
+        return self._deepspeed.optimizer if self._stage == 0 else self._deepspeed.optimizer.optimizer
+
+    def _prepare_moments(self) -> None:
+        """Make the optimizer's state now: torch does it at the first update, too late for restoring into it."""
+        for group in self._inner.param_groups:
+            for p in group["params"]:
+                self._inner.state[p] = {"step": torch.tensor(0.0)} | {key: torch.zeros_like(p.data) for key in MOMENTS}
+        if self._stage != 0:
+            # tells the parameters where their pieces lie in the flat state; DeepSpeed calls it after the first update
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _initialize(objective: Objective, config: RunConfig, world: World, per_rank: int):
+    """The DeepSpeed engine on the process group that `dist.start` made."""
+    device = next(objective.parameters()).device.type
+    # read when DeepSpeed is first imported; its own guess would take a GPU that the config does not want
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    import deepspeed
+    import deepspeed.ops
+
+    # the shared-memory operator serves tensor-parallel inference only; building it takes a compiler and up to 90 s,
+    # and a build that is killed leaves a lock on which every later start waits for ever
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    engine, _, _, _ = deepspeed.initialize(
+        model=objective,
+        optimizer=_optimizer(config.optim, trainable),
+        dist_init_required=False,
+        config=_deepspeed_config(config, per_rank, world),
+    )
+    return engine
+
+
+def _optimizer(optim: OptimSection, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return OPTIMIZERS[optim.kind](
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+
+
+def _deepspeed_config(config: RunConfig, per_rank: int, world: World) -> dict:
+    return {
+        # only their product matters to DeepSpeed; ours are micro-batches of changing size
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": per_rank,
+        "train_batch_size": per_rank * world.size,
+        "gradient_clipping": config.optim.clip_norm,
+        "prescale_gradients": False,
+        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

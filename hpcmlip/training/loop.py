@@ -1,0 +1,400 @@
+"""The order of a training run, from the launch to the record of its end.
+
+Everything that depends on the clock, a signal or a disk is decided on one rank and shared, so that the ranks take
+every branch together; everything that enters the numbers follows from the config, the data and the step.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import hpcmlip
+from hpcmlip import dist
+from hpcmlip.config import RunConfig
+from hpcmlip.data.dataset import Dataset
+from hpcmlip.data.loader import TrainLoader
+from hpcmlip.dist import World
+from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
+from hpcmlip.models.export import CARD, save_model
+from hpcmlip.models.potential import Potential
+from hpcmlip.training import checkpoint, rundir
+from hpcmlip.training.average import Average
+from hpcmlip.training.engine import Engine, MicroBatch, StepResult
+from hpcmlip.training.objective import Objective
+from hpcmlip.training.reporting import METRICS, Reporter, set_up_logging, truncate_metrics
+from hpcmlip.training.schedules import Plateau, Position, is_exhausted, rate
+from hpcmlip.training.stopping import StopRequests
+from hpcmlip.training.validation import validate
+
+log = logging.getLogger(__name__)
+
+_SOURCES_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the weights, all that it needs to go on."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    epoch: int = 0
+    step_in_epoch: int = 0
+    updates: int = 0
+    """Steps that changed the weights."""
+    bad_steps: int = 0
+    validated_step: int = 0
+    """Step of the last validation."""
+    plateau: Plateau = Plateau()
+    best: dict | None = None
+    """step, epoch and objective of the best validation."""
+
+
+def train(config: RunConfig, run_dir: Path) -> int:
+    """Train to the end, or until asked to stop; returns the exit code: 0 finished, 75 stopped with a checkpoint.
+
+    Continues from the newest sound checkpoint in `run_dir`. Raises UserError for what the user can act on.
+    """
+    world = dist.detect()
+    _check_ranks(config, world)
+    device = _device(config.engine.device, world)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    set_up_logging(run_dir, world.rank)
+    with ExitStack() as stack:
+        requests = stack.enter_context(StopRequests(run_dir))
+        dist.start(world, folder=run_dir, device=device, timeout_minutes=config.engine.timeout_minutes)
+        stack.callback(dist.stop)
+        dist.share_cores()
+        with dist.together("opening the run directory"):
+            directory = rundir.RunDirectory(run_dir, config)
+            finished = stack.enter_context(directory).finished if world.rank == 0 else None
+        finished = dist.broadcast(finished)
+        if finished:
+            log.info("%s is finished already: %s after step %d", run_dir, finished["reason"], finished["step"])
+            return 0
+        try:
+            return _Training(config, run_dir, world, device, requests).run()
+        except RuntimeError as error:
+            if dist.is_lost_contact(error):
+                raise RunError(
+                    f"rank {world.rank} lost contact with another rank, whose own message tells why ({error})"
+                ) from error
+            raise
+
+
+class _Training:
+    """What a run consists of, and its steps in order."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, world: World, device: torch.device, requests: StopRequests):
+        self.config, self.run_dir, self.world, self.requests = config, run_dir, world, requests
+        with dist.together("opening the data"):
+            self.dataset = Dataset.open(config.data.stores, config.data.levels)
+            self.loader = _loader(config, self.dataset, world)
+            objective = Objective(Potential(config.model, self.dataset.spec, seed=config.train.seed), config)
+        self.engine = Engine(objective, config, world, device)
+        self.average = Average(self.engine.parameters(), config.optim.ema_decay)
+        self.progress = Progress()
+        self.checkpoints = run_dir / rundir.CHECKPOINTS
+        self.saved_at = time.monotonic()
+
+    def run(self) -> int:
+        self._resume()
+        self._say_what_runs()
+        reporter = Reporter(
+            self.run_dir,
+            enabled=self.world.rank == 0,
+            log_seconds=self.config.train.log_seconds,
+            epochs=self.config.train.epochs,
+            first_step=self.progress.step,
+        )
+        try:
+            reason = self._epochs(reporter)
+        finally:
+            reporter.close()
+            self.loader.close()
+        if reason is None:
+            self._save()
+            if self.world.rank == 0:
+                self.requests.forget_file()
+            log.info("stopped at step %d on request, with a checkpoint; start again to go on", self.progress.step)
+            return EXIT_RESUMABLE
+        self._finish(reason)
+        return 0
+
+    # -------------------------------------------------------------------------------------------------- the epochs
+
+    def _epochs(self, reporter: Reporter) -> str | None:
+        """Why the run ended; None if it was asked to stop."""
+        while self.progress.epoch < self.config.train.epochs:
+            if not self._steps(reporter):
+                return None
+            reason = self._validation(reporter)
+            if reason is not None:
+                return reason or None
+            self.progress = dataclasses.replace(self.progress, epoch=self.progress.epoch + 1, step_in_epoch=0)
+        return f"all {self.config.train.epochs} epochs done"
+
+    def _steps(self, reporter: Reporter) -> bool:
+        """The rest of the current epoch; False if asked to stop."""
+        epoch, first = self.progress.epoch, self.progress.step_in_epoch
+        steps = self.loader.steps(epoch)
+        waited = self.loader.waited
+        for micro_batches in self.loader.batches(epoch, first):
+            lr = self._rate(steps)
+            result = self.engine.step(micro_batches, lr, self._flags(micro_batches))
+            asked_to_stop, save_now, structures = result.flags
+            self._count(result)
+            if result.applied:
+                reporter.step(
+                    step=self.progress.step,
+                    epoch=epoch + self.progress.step_in_epoch / steps,
+                    loss=result.loss,
+                    lr=lr,
+                    structures=structures,
+                    waited=self.loader.waited - waited,
+                )
+            else:
+                self._report_bad_step(micro_batches, reporter)
+            waited = self.loader.waited
+            if asked_to_stop:
+                reporter.flush()
+                return False
+            if save_now:
+                reporter.flush()
+                self._save()
+        return True
+
+    def _rate(self, steps: int) -> float:
+        progress, optim = self.progress, self.config.optim
+        position = Position(
+            step=progress.step,
+            epoch=progress.epoch + progress.step_in_epoch / steps,
+            epochs=self.config.train.epochs,
+            warmup_epochs=optim.schedule.warmup_steps / steps,
+        )
+        return rate(optim, position, progress.plateau)
+
+    def _flags(self, micro_batches: list[MicroBatch]) -> tuple[float, float, float]:
+        """(asked to stop, checkpoint due, structures): what the ranks tell each other with every step."""
+        is_first, train = self.world.rank == 0, self.config.train
+        due = time.monotonic() - self.saved_at >= 60 * train.checkpoint_minutes
+        due = due or (train.checkpoint_steps > 0 and (self.progress.step + 1) % train.checkpoint_steps == 0)
+        structures = sum(float(block.weight.sum()) for blocks in micro_batches for block in blocks)
+        return float(self.requests.is_requested(look_for_file=is_first)), float(is_first and due), structures
+
+    def _count(self, result: StepResult) -> None:
+        if result.applied:
+            self.average.update()
+        progress = self.progress
+        self.progress = dataclasses.replace(
+            progress,
+            step=progress.step + 1,
+            step_in_epoch=progress.step_in_epoch + 1,
+            updates=progress.updates + result.applied,
+            bad_steps=progress.bad_steps + (not result.applied),
+        )
+
+    def _report_bad_step(self, micro_batches: list[MicroBatch], reporter: Reporter) -> None:
+        """Name the structures with non-finite numbers; end the run on all ranks if there have been too many."""
+        progress = self.progress
+        found = [source for sources in dist.gather(self.engine.bad_sources(micro_batches)) for source in sources]
+        names = [self._source_name(source) for source in found[:_SOURCES_NAMED]]
+        reporter.bad_step(step=progress.step, epoch=progress.epoch, sources=names, count=progress.bad_steps)
+        if progress.bad_steps > self.config.train.max_bad_steps:
+            reporter.flush()
+            shown = "; ".join(names) or "no single structure stands out: lower optim.lr or set optim.clip_norm"
+            raise RunError(
+                f"{progress.bad_steps} steps had non-finite numbers, more than train.max_bad_steps = "
+                f"{self.config.train.max_bad_steps}; at step {progress.step}: {shown}"
+            )
+
+    def _source_name(self, source: tuple[int, ...]) -> str:
+        store, file, group, row = source
+        return f"{self.dataset.stores[store].meta.sources[file].name}, group {group}, row {row}"
+
+    # -------------------------------------------------------------------------------------------------- validation
+
+    def _validation(self, reporter: Reporter) -> str | None:
+        """Validate where the epoch asks for it. None: go on; else why the run ends, "" for a request to stop."""
+        progress, train = self.progress, self.config.train
+        is_last = progress.epoch + 1 == train.epochs
+        if progress.validated_step == progress.step:  # before the checkpoint that the run goes on from
+            return self._why_stop()
+        if not (is_last or (progress.epoch + 1) % train.validate_every == 0):
+            return None
+        with self.average.in_place():
+            result = validate(
+                self.engine.objective,
+                self.dataset,
+                self.config,
+                self.world,
+                is_stopping=lambda: self.requests.is_requested(look_for_file=False),
+            )
+            if result is None:
+                return ""
+            is_best = result.objective < progress.plateau.best
+            plateau = progress.plateau.after(result.objective, self.config.optim.schedule)
+            self.progress = dataclasses.replace(progress, plateau=plateau, validated_step=progress.step)
+            if is_best:
+                best = {"step": progress.step, "epoch": progress.epoch, "objective": result.objective}
+                self.progress = dataclasses.replace(self.progress, best=best)
+                self._export()
+        reporter.validation(
+            step=progress.step,
+            epoch=progress.epoch,
+            objective=result.objective,
+            unit=self.config.loss.unit,
+            levels=result.levels,
+            is_best=is_best,
+        )
+        if is_best:
+            reporter.flush()
+            self._save()
+        return self._why_stop()
+
+    def _why_stop(self) -> str | None:
+        plateau, train = self.progress.plateau, self.config.train
+        if is_exhausted(self.config.optim, plateau):
+            return f"the learning rate fell below {self.config.optim.schedule.min_lr:g}"
+        if train.patience and plateau.since_best >= train.patience:
+            return f"{train.patience} validations without improvement"
+        return None
+
+    # ------------------------------------------------------------------------------------------ what is written down
+
+    def _export(self) -> None:
+        """Write the weights in place (averaged where there is an average) as the run's model."""
+        card = {"best": self.progress.best, "data": self._data(), "versions": _versions()}
+        with dist.together("writing the model"):
+            if self.world.rank == 0:
+                save_model(self.run_dir, self.engine.objective.potential, config=self.config, card=card)
+
+    def _save(self) -> None:
+        """Write a checkpoint of this step boundary. A collective."""
+        tensors = self.engine.gather_state()
+        if self.average.tensors:
+            tensors["average"] = {name: tensor.cpu() for name, tensor in self.average.tensors.items()}
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "average_updates": self.average.updates,
+            "data": self._data(),
+            "config": json.loads(self.config.model_dump_json()),
+            "versions": _versions(),
+            "written_by": {"ranks": self.world.size, "zero_stage": self.config.engine.zero_stage},
+        }
+        with dist.together("writing the checkpoint"):
+            if self.world.rank == 0:
+                checkpoint.write(self.checkpoints, self.progress.step, state, tensors)
+                best = self.progress.best["step"] if self.progress.best else None
+                checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, best)
+        self.saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        """Continue from the newest sound checkpoint, if there is one. A collective."""
+        found = None
+        with dist.together("reading the checkpoint"):
+            if self.world.rank == 0:
+                found = checkpoint.newest(self.checkpoints)
+                if found is not None:
+                    self._check_data(found)
+        step = dist.broadcast(None if found is None else int(found.state["step"]))
+        if step is not None:
+            with dist.together("reading the checkpoint"):
+                found = found or checkpoint.read(self.checkpoints / f"step_{step:08d}")
+                values = found.state["progress"]
+                self.progress = Progress(**{**values, "plateau": Plateau(**values["plateau"])})
+                self.engine.restore_state(found.tensors, self.progress.updates)
+                self.average.restore(found.tensors.get("average", {}), found.state["average_updates"])
+            log.info("going on from %s", found.path)
+        if self.world.rank == 0:
+            truncate_metrics(
+                self.run_dir / METRICS, step=self.progress.step, validated_step=self.progress.validated_step
+            )
+
+    def _check_data(self, found: checkpoint.Checkpoint) -> None:
+        before, now = ([item["digest"] for item in items] for items in (found.state["data"], self._data()))
+        if before != now:
+            stores = ", ".join(str(path) for path in self.config.data.stores)
+            raise RunError(
+                f"{stores} no longer hold the data that this run began with (the digest differs): "
+                "restore them, or choose another --run-dir"
+            )
+
+    def _finish(self, reason: str) -> None:
+        if self.progress.best is None:
+            raise RunError(
+                "no validation gave a finite value, so there is no model: look at the labels and lower optim.lr"
+            )
+        self._save()
+        with dist.together("writing the record of the end"):
+            if self.world.rank == 0:
+                weights = json.loads((self.run_dir / CARD).read_text())["weights_sha256"]
+                record = {"state": "finished", "reason": reason, "step": self.progress.step}
+                record |= {"best": self.progress.best, "weights_sha256": weights}
+                rundir.write_atomic(self.run_dir / rundir.DONE, json.dumps(record, indent=1))
+        best = self.progress.best
+        log.info("finished: %s; best validation %.5g at step %d", reason, best["objective"], best["step"])
+
+    def _data(self) -> list[dict]:
+        return [{"path": str(store.path), "digest": store.digest} for store in self.dataset.stores]
+
+    def _say_what_runs(self) -> None:
+        config, world, count = self.config, self.world, self.dataset.count
+        size = sum(p.numel() for p in self.engine.parameters().values())
+        log.info(
+            "%s: %s with %d parameters, levels %s; %d structures to train on, %d to validate, %d steps an epoch",
+            *(config.name, config.model.kind, size, ", ".join(f"{k} {v}" for k, v in config.data.levels.items())),
+            *(count("train"), count("val"), self.loader.steps(0)),
+        )
+        clip = config.optim.clip_norm or "off"
+        log.info(
+            "%d rank(s) by %s on %s, %d micro-batches a step, ZeRO stage %d, gradient clipping %s, %s from step %d",
+            *(world.size, world.launcher, self.engine.device, config.train.micro_batches_per_step),
+            *(config.engine.zero_stage, clip, config.optim.kind, self.progress.step),
+        )
+
+
+def _loader(config: RunConfig, dataset: Dataset, world: World) -> TrainLoader:
+    if not dataset.count("val"):
+        raise ConfigError(
+            f"no structure of the validation split carries a label of {', '.join(dataset.spec.levels)}: "
+            "shard with a larger validation fraction, the best model is chosen there"
+        )
+    M = config.train.micro_batches_per_step
+    own = range(world.rank * M // world.size, (world.rank + 1) * M // world.size)
+    return TrainLoader(dataset, config.data, streams=own, num_streams=M, seed=config.train.seed)
+
+
+def _check_ranks(config: RunConfig, world: World) -> None:
+    M = config.train.micro_batches_per_step
+    if M % world.size:
+        fitting = [n for n in range(1, M + 1) if M % n == 0]
+        raise ConfigError(
+            f"train.micro_batches_per_step is {M}, which {world.size} processes cannot share evenly: "
+            f"start {' or '.join(map(str, fitting))} of them, or choose a multiple of {world.size}"
+        )
+
+
+def _device(wanted: str, world: World) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RunError("engine.device is cuda, but torch finds no GPU here: ask the job for one, or set it to auto")
+    # a launcher may show each process its own GPU only, which is then number 0
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _versions() -> dict[str, str]:
+    modules = {name: sys.modules.get(name) for name in ("torch", "deepspeed", "numpy")}
+    found = {name: str(getattr(module, "__version__", "")) for name, module in modules.items()}
+    return {"hpcmlip": hpcmlip.__version__, "python": platform.python_version(), **found, "cpu": os.uname().machine}

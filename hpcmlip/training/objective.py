@@ -1,0 +1,109 @@
+"""The training objective as a differentiable function of sums, so that its gradient is that of the whole step.
+
+A rank returns sums over its micro-batch in one flat tensor, they are added over micro-batches and ranks, and only then
+is anything divided or rooted (spec §2.3). RMSE of a step is not the mean of the RMSEs of its parts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hpcmlip.batch import AtomsBatch, Prediction
+from hpcmlip.config import RunConfig
+from hpcmlip.errors import ConfigError
+from hpcmlip.models.potential import Potential
+from hpcmlip.training import hierarchicality
+from hpcmlip.training.errors import Penalty, penalty_sums
+from hpcmlip.units import ENERGY_UNITS
+
+_UNDER_ROOT = 1e-12
+"""Added to a mean square, in the unit of the loss: the root has no derivative at 0."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is summed over labels, and what becomes of the means."""
+
+    penalties: tuple[Penalty, ...]
+    combine: Callable[..., Tensor]
+    """Mean of each penalty, in that order -> value."""
+
+
+def _rmse_mae(square: Tensor, absolute: Tensor) -> Tensor:
+    return torch.sqrt(square + _UNDER_ROOT) + absolute
+
+
+LOSSES = {"rmse_mae": Loss((torch.square, torch.abs), _rmse_mae)}
+"""By `loss.kind`. A further loss is one line: its penalties and how their means combine."""
+
+
+class Objective(nn.Module):
+    """A potential with its loss: Σ over levels of w_E Loss(energy) + w_F Loss(forces) + w_H Hier, in `loss.unit`.
+
+    Raises ConfigError if hierarchicality is weighted where isolated-atom energies are unknown.
+    """
+
+    def __init__(self, potential: Potential, config: RunConfig):
+        super().__init__()
+        self.potential, self.spec = potential, potential.spec
+        self._loss, self._variant = LOSSES[config.loss.kind], config.loss.hierarchicality
+        self._unit = ENERGY_UNITS[config.loss.unit]
+        weights = [config.weights(level) for level in self.spec.levels]
+        forces = [w.forces if i in self.spec.force_levels else 0.0 for i, w in enumerate(weights)]
+        self._weights = torch.tensor([[w.energy, f] for w, f in zip(weights, forces, strict=True)], dtype=torch.float64)
+        self._hierarchy = torch.tensor([w.hierarchicality for w in weights], dtype=torch.float64)
+        for level, known, weight in zip(self.spec.levels, self.spec.isolated, weights, strict=True):
+            if weight.hierarchicality and not known:
+                raise ConfigError(
+                    f"loss.weights.{level}.hierarchicality is {weight.hierarchicality:g}, but the energies of the "
+                    f"isolated atoms at {level} are unknown, without which the regularizer has no meaning: give "
+                    "'atomic_energies' of this level in DATA.yaml and shard again, or set the weight to 0"
+                )
+        if not bool(self._weights.any() or self._hierarchy.any()):
+            raise ConfigError("all weights in loss.weights are 0: nothing would be learned")
+
+    def forward(self, blocks: Sequence[AtomsBatch]) -> Tensor:
+        """[S] float64: the sums of a micro-batch, differentiable in training mode; they add over micro-batches."""
+        return self.sums(blocks, self.potential(blocks))
+
+    def sums(self, blocks: Sequence[AtomsBatch], predictions: Sequence[Prediction]) -> Tensor:
+        """[S] float64: the sums of predictions already made."""
+        return sum(self._block_sums(block, prediction) for block, prediction in zip(blocks, predictions, strict=True))
+
+    def value(self, sums: Tensor) -> Tensor:
+        """Objective (scalar, `loss.unit`) of sums over everything that belongs together; differentiable."""
+        L, P = len(self.spec.levels), len(self._loss.penalties)
+        errors, hierarchy = sums[: L * 2 * (1 + P)].reshape(L, 2, 1 + P), sums[L * 2 * (1 + P) :]
+        count, totals = errors[..., 0], errors[..., 1:]
+        means = totals / count.clamp(min=1)[..., None]
+        terms = torch.where(count > 0, self._loss.combine(*means.unbind(-1)), 0.0)
+        total = (self._weights.to(sums.device) * terms).sum()
+        if hierarchy.numel():
+            weight = self._hierarchy.to(sums.device)
+            total = total + (weight * hierarchicality.value(hierarchy.reshape(L, -1, 2))).sum()
+        return total
+
+    def num_labels(self, sums: Tensor) -> int:
+        """Labels (energies and force components with a weight) that went into the sums."""
+        L, P = len(self.spec.levels), len(self._loss.penalties)
+        count = sums[: L * 2 * (1 + P)].reshape(L, 2, 1 + P)[..., 0]
+        return round(float((count * (self._weights.to(count.device) > 0)).sum()))
+
+    def slope(self, sums: Tensor) -> Tensor:
+        """[S] derivative of the value by each sum, at globally reduced sums."""
+        leaf = sums.detach().requires_grad_()
+        return torch.autograd.grad(self.value(leaf), leaf)[0]
+
+    def _block_sums(self, block: AtomsBatch, prediction: Prediction) -> Tensor:
+        errors = penalty_sums(self.spec, block, prediction, self._loss.penalties, unit=self._unit)
+        if not bool(self._hierarchy.any()):
+            return errors.flatten()
+        hierarchy = hierarchicality.sums(block, prediction, self._variant).double()
+        return torch.cat([errors.flatten(), hierarchy.flatten()])
+
+
+def surrogate(local: Tensor, slope: Tensor, num_ranks: int) -> Tensor:
+    """Scalar whose gradient, averaged over ranks and added over micro-batches, is that of the objective of the step."""
+    return num_ranks * (slope * local).sum()

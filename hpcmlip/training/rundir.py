@@ -1,0 +1,113 @@
+"""The run directory: one job at a time, one config, one record of the end."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from hpcmlip.config import RunConfig, dump, read_yaml
+from hpcmlip.errors import ConfigError, RunError
+
+CONFIG = "config.yaml"
+DONE = "done.json"
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+
+MAY_CHANGE = (
+    "engine.",
+    "train.log_seconds",
+    "train.checkpoint_",
+    "train.keep_checkpoints",
+    "data.cache_mb",
+    # where the stores lie may change; that they hold the same data is checked against the checkpoint
+    "data.stores",
+)
+"""Beginnings of the keys that may differ when a run goes on: they change no number."""
+
+
+class RunDirectory:
+    """Holds the lock of a run directory while open; only rank 0 opens one.
+
+    Raises RunError if another job works there, ConfigError if the directory belongs to a run with another config.
+    """
+
+    def __init__(self, path: Path, config: RunConfig):
+        self.path, self._config = path, config
+        self._lock = None
+
+    def __enter__(self) -> "RunDirectory":
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / _LOCK).open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise RunError(
+                f"{self.path} is in use by {holder}: wait for it, cancel it, or choose another --run-dir"
+            ) from None
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.close()
+
+    def _claim(self) -> None:
+        job = os.environ.get("SLURM_JOB_ID")
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))
+        self._lock.flush()
+        path, text = self.path / CONFIG, dump(self._config)
+        if path.exists():
+            changed = differing(read_yaml(path), json.loads(self._config.model_dump_json()))
+            if changed:
+                raise ConfigError(
+                    f"{self.path} belongs to a run with another config ({'; '.join(changed[:5])}): "
+                    "choose another --run-dir, or remove it to start afresh"
+                )
+            if path.read_text(encoding="utf-8") == text:
+                return
+        write_atomic(path, text)
+
+    @property
+    def finished(self) -> dict | None:
+        """The record of a finished run, if this is one."""
+        try:
+            return json.loads((self.path / DONE).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / DONE} cannot be read ({error}): remove it to let the run go on") from None
+
+
+def differing(old: dict, new: dict) -> list[str]:
+    """`key: old -> new` of each setting that differs and must not."""
+    before, after = _flat(old), _flat(new)
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed if not key.startswith(MAY_CHANGE)]
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file so that it is there complete or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,109 @@
+"""Learning rates: pure functions of the position in the run; only the plateau remembers what validation said.
+
+A position is a step number (for the warm-up) and a number of epochs done, with a fraction. Warm-up is a linear rise to
+the full rate; the schedule proper begins where it ends.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hpcmlip.config import OptimSection, ScheduleSection
+
+_ONE_CYCLE_START = 25.0
+"""The one-cycle schedule begins at lr / 25 (Smith & Topin 2018; the default of torch.optim.lr_scheduler.OneCycleLR)."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in a run a step stands."""
+
+    step: int
+    """Steps done before it."""
+    epoch: float
+    """Epochs done before it, with a fraction."""
+    epochs: int
+    """Epochs of the whole run."""
+    warmup_epochs: float
+    """Epochs that the warm-up takes."""
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Memory of the plateau schedule and of the early stop."""
+
+    scale: float = 1.0
+    """Factor on the rate so far."""
+    best: float = math.inf
+    since_fall: int = 0
+    """Validations without improvement since the rate last fell (or the objective last improved)."""
+    since_best: int = 0
+    """Validations without improvement since the best."""
+
+    def after(self, objective: float, section: ScheduleSection) -> "Plateau":
+        """Memory after another validation; a value that is not a number is no improvement."""
+        if objective < self.best:
+            return Plateau(self.scale, objective, 0, 0)
+        since_fall = self.since_fall + 1
+        if section.kind != "plateau" or since_fall < section.patience:
+            return Plateau(self.scale, self.best, since_fall, self.since_best + 1)
+        return Plateau(self.scale * section.factor, self.best, 0, self.since_best + 1)
+
+
+def rate(optim: OptimSection, position: Position, plateau: Plateau) -> float:
+    """Learning rate of the step at `position`."""
+    warmup = optim.schedule.warmup_steps
+    if position.step < warmup:
+        return optim.lr * plateau.scale * (position.step + 1) / warmup
+    begun = min(position.warmup_epochs, position.epochs)
+    done = position.epoch - begun
+    total = max(position.epochs - begun, 1e-9)
+    return SCHEDULES[optim.schedule.kind](optim, max(done, 0.0), total, plateau.scale)
+
+
+def is_exhausted(optim: OptimSection, plateau: Plateau) -> bool:
+    """Has the plateau schedule let the rate fall below its minimum?"""
+    return optim.schedule.kind == "plateau" and optim.lr * plateau.scale < optim.schedule.min_lr
+
+
+def _constant(optim: OptimSection, done: float, total: float, scale: float) -> float:
+    return optim.lr
+
+
+def _plateau(optim: OptimSection, done: float, total: float, scale: float) -> float:
+    return optim.lr * scale
+
+
+def _cosine(optim: OptimSection, done: float, total: float, scale: float) -> float:
+    return _blend(optim.lr, optim.schedule.min_lr, done / total)
+
+
+def _exponential(optim: OptimSection, done: float, total: float, scale: float) -> float:
+    return optim.lr * optim.schedule.factor ** (done / optim.schedule.decay_epochs)
+
+
+def _one_cycle(optim: OptimSection, done: float, total: float, scale: float) -> float:
+    part, rise = done / total, optim.schedule.rise
+    if part < rise:
+        return _blend(optim.lr / _ONE_CYCLE_START, optim.lr, part / rise)
+    return _blend(optim.lr, optim.schedule.min_lr, (part - rise) / (1 - rise))
+
+
+def _blend(start: float, end: float, part: float) -> float:
+    """Half a cosine wave from `start` at part 0 to `end` at part 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(part, 0.0), 1.0)))
+
+
+SCHEDULES: dict[str, Callable[[OptimSection, float, float, float], float]] = {
+    "constant": _constant,
+    "plateau": _plateau,
+    "cosine": _cosine,
+    "exponential": _exponential,
+    "one_cycle": _one_cycle,
+}
+"""`schedule.kind` -> (optim, epochs done and in all since the warm-up, plateau scale) -> rate."""
+
+
+def ema_decay(decay: float, updates: int) -> float:
+    """Decay of the weight average at its n-th update: short at first, so that the initial weights are soon forgotten."""
+    return min(decay, (1 + updates) / (10 + updates))

@@ -1,0 +1,58 @@
+"""The objective and the errors over the whole validation split: sums and counts, one reduction, one division."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hpcmlip import dist
+from hpcmlip.config import RunConfig
+from hpcmlip.data.dataset import Dataset
+from hpcmlip.data.loader import split_batches
+from hpcmlip.dist import World
+from hpcmlip.training.errors import error_sums, figures
+from hpcmlip.training.objective import Objective
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What all ranks know after a validation."""
+
+    objective: float
+    """In `loss.unit`."""
+    levels: dict
+    """As `errors.figures`."""
+
+
+def validate(
+    objective: Objective, dataset: Dataset, config: RunConfig, world: World, *, is_stopping: Callable[[], bool]
+) -> Validation | None:
+    """Each structure of the validation split once, shared among the ranks; None if a rank was asked to stop meanwhile.
+
+    A collective; the same result on every rank.
+    """
+    device = next(objective.parameters()).device
+    sums, errors, stopped = [], torch.zeros(len(dataset.spec.levels), 2, 3, dtype=torch.float64, device=device), False
+    objective.eval()
+    for micro_batch in split_batches(dataset, config.data, "val", rank=world.rank, size=world.size):
+        if is_stopping():
+            stopped = True
+            break
+        blocks = [block.to(device) for block in micro_batch]
+        with torch.no_grad():
+            predictions = objective.potential(blocks)
+            sums.append(objective.sums(blocks, predictions))
+            for block, prediction in zip(blocks, predictions, strict=True):
+                errors += error_sums(dataset.spec, block, prediction)
+    # a rank without a batch does not know how many sums the model needs
+    length = max(dist.gather(len(sums[0]) if sums else 0))
+    own = sum(sums) if sums else torch.zeros(length, dtype=torch.float64, device=device)
+    flag = torch.tensor([float(stopped)], dtype=torch.float64, device=device)
+    total = dist.all_sum(torch.cat([flag, errors.flatten(), own]))
+    if total[0] > 0:
+        return None
+    errors, total = total[1 : 1 + errors.numel()].reshape(errors.shape), total[1 + errors.numel() :]
+    # one rank's value for all: whether it is the best must not hang on a last digit
+    return Validation(
+        dist.broadcast(float(objective.value(total))), figures(dataset.spec, errors.cpu(), config.loss.unit)
+    )
