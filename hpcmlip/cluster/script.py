@@ -51,6 +51,16 @@ def evaluate_script(site: Site, name: str, experiment: Path, evaluation: Evaluat
     return _render(site, "evaluate.sbatch", header, site.evaluation.cpus_per_task, values)
 
 
+def check_path(experiment: Path) -> None:
+    """Raises ConfigError for a folder whose name Slurm would not take literally in the name of a log file."""
+    bad = [repr(c) for c in ("%", "\\", "\n") if c in str(experiment)]
+    if bad:
+        raise ConfigError(
+            f"the path of the experiment, {experiment}, holds {' and '.join(bad)}, which Slurm gives "
+            "a meaning of its own; name another folder with --run-dir"
+        )
+
+
 def array_text(members: Sequence[int]) -> str:
     """Slurm's notation of ascending indices: [0, 1, 2, 5] -> "0-2,5"."""
     parts: list[list[int]] = []

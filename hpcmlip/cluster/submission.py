@@ -55,6 +55,8 @@ def submit(
     _check_ranks(experiment, machine, ranks if local else None)
     _check_data(experiment)
     experiments.check_folder(experiment)
+    if not local:
+        script.check_path(experiment.folder)
     if not local and not dry_run:
         _check_queue(experiment)
     experiments.write(experiment, site_file.read_text(encoding="utf-8"))

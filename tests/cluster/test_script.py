@@ -1,0 +1,145 @@
+"""The text of the batch scripts: valid shell whatever the paths, every setting of the site in its place."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcmlip.cluster import script
+from hpcmlip.cluster.script import Evaluation
+from hpcmlip.cluster.site import PACKAGE_FOLDER, Site, load_site
+from hpcmlip.errors import ConfigError
+
+ODD = '/data/it\'s a "run"/$HOME `id` [x] ü;& \\'
+SITE = Site(
+    account="chem-42",
+    partition="long",
+    qos="high",
+    nodes=2,
+    tasks_per_node=3,
+    cpus_per_task=5,
+    time="1-12:00:00",
+    mem="32G",
+    throttle=7,
+    warn_seconds=240,
+    modules=("gcc/13", "openmpi"),
+    setup=("source '/my venv/bin/activate'",),
+    sbatch_options=("--constraint=a|b", "--mail-type=FAIL"),
+    srun_options=("--mpi=none",),
+)
+
+
+def _texts(site: Site, folder: str) -> list[str]:
+    evaluation = Evaluation(Path(folder) / "a store.zarr", "val")
+    return [
+        script.train_script(site, "my-run", Path(folder), [0, 1, 2]),
+        script.evaluate_script(site, "my-run", Path(folder), evaluation),
+    ]
+
+
+def _directives(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [([0], "0"), ([0, 1, 2, 3], "0-3"), ([3, 7], "3,7"), ([0, 1, 4, 6, 7, 8], "0-1,4,6-8")],
+)
+def test_array_text(members, text):
+    assert script.array_text(members) == text
+
+
+@pytest.mark.parametrize("folder", ["/plain", ODD, "/new\nline"])
+@pytest.mark.parametrize(
+    "site", [Site(), SITE, load_site(PACKAGE_FOLDER / "site-gpu.yaml")], ids=["default", "all", "gpu"]
+)
+def test_scripts_are_valid_shell(site, folder):
+    for text in _texts(site, folder):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.parametrize("folder", ["/plain", ODD, "/new\nline"])
+def test_the_shell_reads_the_path_that_was_meant(folder):
+    for text in _texts(SITE, folder):
+        line = text[text.index("experiment=") : text.index("\n\n", text.index("experiment="))].split("\nmember=")[0]
+        said = subprocess.run(
+            ["bash", "-c", f'{line}\nprintf %s "$experiment"'], text=True, check=True, capture_output=True
+        )
+        assert said.stdout == folder
+
+
+def test_evaluation_arguments_survive_the_shell():
+    text = script.evaluate_script(Site(), "x", Path(ODD), Evaluation(Path(ODD) / "s.zarr", "test"))
+    command = text[text.index("srun ") :]
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[words.index("--data") + 1] == f"{ODD}/s.zarr"
+    assert words[words.index("--split") + 1] == "test"
+
+
+def test_every_setting_of_the_site_is_in_the_script():
+    train, evaluate = _texts(SITE, "/x")
+    assert _directives(train) == [
+        "--job-name=my-run",
+        "--nodes=2",
+        "--ntasks-per-node=3",
+        "--cpus-per-task=5",
+        "--time=1-12:00:00",
+        "--mem=32G",
+        "--account=chem-42",
+        "--partition=long",
+        "--qos=high",
+        "--array=0-2%7",
+        "--output=slurm/train-%A_%a.out",
+        "--requeue",
+        "--open-mode=append",
+        "--signal=B:USR2@240",
+        "--constraint=a|b",
+        "--mail-type=FAIL",
+    ]
+    assert "--job-name=my-run-evaluate" in _directives(evaluate)
+    assert not any("--array" in line or "--signal" in line for line in _directives(evaluate))
+    for text in (train, evaluate):
+        assert "\nmodule load gcc/13 openmpi\nsource '/my venv/bin/activate'\n" in text
+        assert "srun --kill-on-bad-exit=1 --cpus-per-task=5 --mpi=none " in text
+        assert f"{sys.executable} -m hpcmlip " in text
+        assert "OMP_NUM_THREADS=5" in text
+
+
+def test_nothing_is_asked_for_that_the_site_leaves_open():
+    options = {line.split("=")[0] for text in _texts(Site(), "/x") for line in _directives(text)}
+    assert not options & {"--account", "--partition", "--qos", "--mem", "--gpus-per-node"}
+
+
+def test_gpus_and_container():
+    site = Site(tasks_per_node=4, gpus_per_node=4, container="apptainer exec --nv $IMAGES/h.sif", python="python3")
+    for text in _texts(site, "/x"):
+        assert "--gpus-per-node=4" in _directives(text)
+        # the words of the site are shell text: the shell itself expands $IMAGES
+        assert " apptainer exec --nv $IMAGES/h.sif python3 -m hpcmlip " in text
+
+
+def test_evaluation_has_resources_of_its_own():
+    site = Site(nodes=4, mem="64G", evaluate={"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 8, "time": "30"})
+    _, evaluate = _texts(site, "/x")
+    lines = _directives(evaluate)
+    assert {"--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=8", "--time=30"} <= set(lines)
+    assert not any(line.startswith("--mem") for line in lines)
+    assert "OMP_NUM_THREADS=8" in evaluate
+
+
+def test_own_template_and_its_mistakes(tmp_path):
+    site = Site(templates=tmp_path)
+    (tmp_path / "train.sbatch").write_text("#!/bin/sh\n@@{directives}\necho ${x%%y} $$ @@{experiment}\n")
+    assert script.train_script(site, "n", Path("/a b"), [0]).endswith("echo ${x%%y} $$ '/a b'\n")
+    (tmp_path / "train.sbatch").write_text("@@{experimnt}")
+    with pytest.raises(ConfigError, match=r"train\.sbatch holds 'experimnt'; .*experiment"):
+        script.train_script(site, "n", Path("/a"), [0])
+
+
+@pytest.mark.parametrize("name", ["100%", "a\\b", "a\nb"])
+def test_paths_that_slurm_would_change_are_refused(name):
+    with pytest.raises(ConfigError, match="which Slurm gives a meaning of its own"):
+        script.check_path(Path("/data") / name)
+    script.check_path(Path('/data/it\'s a "run" $HOME'))

@@ -1,0 +1,63 @@
+"""SITE.yaml: the packaged ones load, mistakes end in a sentence that names the key."""
+
+import pytest
+
+from hpcmlip.cluster.site import DEFAULT_FILE, PACKAGE_FOLDER, Site, load_site
+from hpcmlip.config import dump, read_yaml
+from hpcmlip.errors import ConfigError
+
+
+def _load(tmp_path, text: str) -> Site:
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    return load_site(path)
+
+
+@pytest.mark.parametrize("name", ["site.yaml", "site-cpu.yaml", "site-gpu.yaml"])
+def test_packaged_sites_load(name):
+    assert load_site(PACKAGE_FOLDER / name).ranks >= 2
+
+
+def test_documented_site_names_every_key_with_its_default():
+    assert load_site(DEFAULT_FILE) == Site()
+    assert set(read_yaml(DEFAULT_FILE)) == set(Site.model_fields)
+
+
+def test_site_survives_dump(tmp_path):
+    site = load_site(PACKAGE_FOLDER / "site-gpu.yaml")
+    assert _load(tmp_path, dump(site)) == site
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("partitoin: long", "unknown key 'partitoin' (did you mean 'partition'?"),
+        ("nodes: 0", "nodes: Input should be greater than or equal to 1"),
+        ("nodes: two", "nodes: Input should be a valid integer"),
+        ("time: 24:00:00", "write the time in quotes"),
+        ('time: "tomorrow"', "time: String should match"),
+        ("mem: 64 GB", "mem: String should match"),
+        ("account: my project", "account: String should match"),
+        ("{tasks_per_node: 4, gpus_per_node: 2}", "one process uses one GPU"),
+        ("sbatch_options: [exclusive]", "sbatch_options.0: String should match"),
+        ("evaluate: {walltime: '1:00'}", "unknown key 'evaluate.walltime'"),
+        ("setup: source /venv/bin/activate", "setup: Input should be a valid"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path, text, said):
+    with pytest.raises(ConfigError) as error:
+        _load(tmp_path, text)
+    assert said in str(error.value)
+    assert "site.yaml" in str(error.value)
+
+
+def test_ranks_that_do_not_divide_the_micro_batches_are_refused():
+    site = Site(nodes=3, tasks_per_node=2)
+    site.check_ranks(12)
+    with pytest.raises(ConfigError, match=r"3 x 2 = 6 processes a member, which does not divide .*= 8"):
+        site.check_ranks(8)
+
+
+def test_absent_template_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the batch template .*train\.sbatch"):
+        Site(templates=tmp_path).template("train.sbatch")
