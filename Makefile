@@ -8,8 +8,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# "python -m": the scripts in .venv/bin would break in a folder with a space in its name
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 HPCMLIP := $(BIN)/python -m hpcmlip
 
 # DeepSpeed compiles a small op at its first start. A build of its own for this environment, made once before any
@@ -32,7 +31,11 @@ help: ## this list
 # --------------------------------------------------------------------------------------------------- environment
 
 $(VENV)/created:
-	@command -v $(PYTHON) > /dev/null || { echo "make: there is no '$(PYTHON)'; name a Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@case "$(CURDIR)" in *" "*)
+	  echo "make: PyTorch's compiler line breaks on the space in '$(CURDIR)': move this folder to a path without spaces"
+	  exit 1
+	esac
+	command -v $(PYTHON) > /dev/null || { echo "make: there is no '$(PYTHON)'; name a Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
 	  echo "make: hpcmlip needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) -V); name another: make PYTHON=/path/to/python3.11"
 	  exit 1
@@ -47,10 +50,10 @@ $(VENV)/created:
 
 $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
 	@echo "make: installing the pinned packages into $(VENV)/ (a minute or two)"
-	$(PIP) install --quiet --upgrade --constraint constraints.txt pip setuptools
+	$(PIP) install --upgrade --constraint constraints.txt pip setuptools
 # torch by itself first: whichever build of it pip is led to (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), the rest then keeps
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/ready: $(VENV)/installed
@@ -59,7 +62,7 @@ $(VENV)/ready: $(VENV)/installed
 	touch $@
 
 $(VENV)/tested: $(VENV)/ready pyproject.toml constraints.txt
-	@$(PIP) install --quiet --constraint constraints.txt --editable ".[test]"
+	@$(PIP) install --constraint constraints.txt --editable ".[test]"
 	touch $@
 
 # ---------------------------------------------------------------------------------------------------------- demo
