@@ -35,7 +35,14 @@ class World:
     """Common to the processes of this launch and to no other; names the rendezvous file."""
 
 
-_UNKNOWN_SIZES = ("PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE", "MPI_LOCALNRANKS")
+_OTHER_SIZES = (
+    "WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "JSM_NAMESPACE_SIZE",
+    "FLUX_JOB_SIZE",
+    "MPI_LOCALNRANKS",
+)
 """Sizes that other launchers leave in the environment: enough to see that this process is not the whole run."""
 
 _FIRST_SPECIAL_STEP = 4294967290
@@ -52,7 +59,7 @@ def detect(env: Mapping[str, str] | None = None) -> World:
     if world is not None:
         return world
     _refuse_batch_without_srun(env)
-    for name in _UNKNOWN_SIZES + ("WORLD_SIZE",):
+    for name in _OTHER_SIZES:
         if _number(env, name, 1) > 1:
             raise RunError(
                 f"{name}={env[name]} says that several processes were started, but this launcher does not say which "

@@ -45,14 +45,14 @@ def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(f"{_TEMPORARY}*"):  # of a job that was killed; the run directory is locked by this one
         shutil.rmtree(rest)
-    final = folder / f"step_{step:08d}"
+    final = folder / name(step)
     temporary = folder / f"{_TEMPORARY}{final.name}"
     temporary.mkdir()
     try:
-        contents = {f"{name}.safetensors": safetensors.torch.save(dict(group)) for name, group in tensors.items()}
+        contents = {f"{stem}.safetensors": safetensors.torch.save(dict(group)) for stem, group in tensors.items()}
         contents[STATE] = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1).encode()
-        for name, content in contents.items():
-            _write(temporary / name, content)
+        for file, content in contents.items():
+            _write(temporary / file, content)
         _write(temporary / MANIFEST, json.dumps(_manifest(contents), indent=1).encode())
         _sync_folder(temporary)
         if final.exists():  # the same step again, after a resume from an older one
@@ -67,16 +67,21 @@ def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
 
 def _manifest(contents: Mapping[str, bytes]) -> dict:
     files = {
-        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
+        file: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for file, content in contents.items()
     }
     return {"schema": SCHEMA, "files": files}
 
 
+def name(step: int) -> str:
+    """Folder of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, ascending, valid or not."""
-    names = [path.name for path in folder.glob("step_*")] if folder.is_dir() else []
-    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit())
+    found = [path.name.removeprefix("step_") for path in folder.glob("step_*")] if folder.is_dir() else []
+    return sorted(int(step) for step in found if step.isdigit())
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -86,7 +91,7 @@ def newest(folder: Path) -> Checkpoint | None:
     """
     reasons = []
     for step in reversed(steps(folder)):
-        path = folder / f"step_{step:08d}"
+        path = folder / name(step)
         try:
             return read(path)
         except RunError as error:
@@ -106,9 +111,9 @@ def read(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["schema"] > SCHEMA:
             raise RunError(f"checkpoint {path} has schema {manifest['schema']}, this hpcmlip reads up to {SCHEMA}")
-        contents = {name: _verified(path / name, entry) for name, entry in manifest["files"].items()}
+        contents = {file: _verified(path / file, entry) for file, entry in manifest["files"].items()}
         state = json.loads(contents.pop(STATE))
-        tensors = {Path(name).stem: safetensors.torch.load(content) for name, content in contents.items()}
+        tensors = {Path(file).stem: safetensors.torch.load(content) for file, content in contents.items()}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise RunError(f"checkpoint {path} cannot be read ({reason})") from None
@@ -128,7 +133,7 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
         if step != best:
             # a folder that cannot be removed costs space, not the run
             with contextlib.suppress(OSError):
-                shutil.rmtree(folder / f"step_{step:08d}")
+                shutil.rmtree(folder / name(step))
 
 
 def _write(path: Path, content: bytes) -> None:

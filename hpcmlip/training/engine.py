@@ -1,4 +1,4 @@
-"""One optimizer step through DeepSpeed: ZeRO stage 0, 1 or 2, exact global normalization, no step on non-finite numbers.
+"""One optimizer step through DeepSpeed: ZeRO stage 0, 1 or 2, exact global normalization, none on non-finite numbers.
 
 Known of DeepSpeed 0.19 (read in its source, and tested here): forces must be taken inside the wrapped module;
 `gradient_clipping` is 1.0 unless given; stages 1 and 2 skip a step whose global gradient norm is not finite, stage 0
@@ -8,6 +8,7 @@ does not look; gradients are averaged over ranks, hence the factor in `surrogate
 import logging
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -178,6 +179,9 @@ def _initialize(objective: Objective, config: RunConfig, world: World, per_rank:
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     import deepspeed
     import deepspeed.ops
+
+    # DeepSpeed's own call, at every step of stages 1 and 2
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
     # the shared-memory operator serves tensor-parallel inference only; building it takes a compiler and up to 90 s,
     # and a build that is killed leaves a lock on which every later start waits for ever

@@ -37,7 +37,7 @@ Penalty = Callable[[Tensor], Tensor]
 
 
 def error_sums(spec: DataSpec, batch: AtomsBatch, prediction: Prediction) -> Tensor:
-    """[L, 2, 3] float64: (count, Σ|e|, Σe²) of energies (eV) and force components (eV/Å) of each level; differentiable."""
+    """[L, 2, 3] float64: (count, Σ|e|, Σe²) of energies (eV) and force components (eV/Å) by level; differentiable."""
     return penalty_sums(spec, batch, prediction, (torch.abs, torch.square))
 
 

@@ -5,33 +5,26 @@ every branch together; everything that enters the numbers follows from the confi
 """
 
 import dataclasses
-import json
 import logging
-import os
-import platform
-import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import hpcmlip
 from hpcmlip import dist
 from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
-from hpcmlip.data.loader import TrainLoader
 from hpcmlip.dist import World
-from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
-from hpcmlip.models.export import CARD, save_model
+from hpcmlip.errors import EXIT_RESUMABLE, RunError
 from hpcmlip.models.potential import Potential
-from hpcmlip.training import checkpoint, rundir
+from hpcmlip.training import rundir, setup
 from hpcmlip.training.average import Average
 from hpcmlip.training.engine import Engine, MicroBatch, StepResult
 from hpcmlip.training.objective import Objective
-from hpcmlip.training.reporting import METRICS, Reporter, set_up_logging, truncate_metrics
-from hpcmlip.training.schedules import Plateau, Position, is_exhausted, rate
+from hpcmlip.training.records import Progress, Records
+from hpcmlip.training.reporting import Reporter, set_up_logging
+from hpcmlip.training.schedules import Position, is_exhausted, rate
 from hpcmlip.training.stopping import StopRequests
 from hpcmlip.training.validation import validate
 
@@ -40,32 +33,14 @@ log = logging.getLogger(__name__)
 _SOURCES_NAMED = 10
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands; with the weights, all that it needs to go on."""
-
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    epoch: int = 0
-    step_in_epoch: int = 0
-    updates: int = 0
-    """Steps that changed the weights."""
-    bad_steps: int = 0
-    validated_step: int = 0
-    """Step of the last validation."""
-    plateau: Plateau = Plateau()
-    best: dict | None = None
-    """step, epoch and objective of the best validation."""
-
-
 def train(config: RunConfig, run_dir: Path) -> int:
     """Train to the end, or until asked to stop; returns the exit code: 0 finished, 75 stopped with a checkpoint.
 
     Continues from the newest sound checkpoint in `run_dir`. Raises UserError for what the user can act on.
     """
     world = dist.detect()
-    _check_ranks(config, world)
-    device = _device(config.engine.device, world)
+    setup.check_ranks(config, world)
+    device = setup.choose_device(config.engine.device, world)
     run_dir.mkdir(parents=True, exist_ok=True)
     set_up_logging(run_dir, world.rank)
     with ExitStack() as stack:
@@ -97,16 +72,16 @@ class _Training:
         self.config, self.run_dir, self.world, self.requests = config, run_dir, world, requests
         with dist.together("opening the data"):
             self.dataset = Dataset.open(config.data.stores, config.data.levels)
-            self.loader = _loader(config, self.dataset, world)
+            self.loader = setup.open_loader(config, self.dataset, world)
             objective = Objective(Potential(config.model, self.dataset.spec, seed=config.train.seed), config)
         self.engine = Engine(objective, config, world, device)
         self.average = Average(self.engine.parameters(), config.optim.ema_decay)
+        self.records = Records(config, run_dir, world, dataset=self.dataset, engine=self.engine, average=self.average)
         self.progress = Progress()
-        self.checkpoints = run_dir / rundir.CHECKPOINTS
         self.saved_at = time.monotonic()
 
     def run(self) -> int:
-        self._resume()
+        self.progress = self.records.resume()
         self._say_what_runs()
         reporter = Reporter(
             self.run_dir,
@@ -126,7 +101,7 @@ class _Training:
                 self.requests.forget_file()
             log.info("stopped at step %d on request, with a checkpoint; start again to go on", self.progress.step)
             return EXIT_RESUMABLE
-        self._finish(reason)
+        self.records.finish(self.progress, reason)
         return 0
 
     # -------------------------------------------------------------------------------------------------- the epochs
@@ -220,6 +195,10 @@ class _Training:
         store, file, group, row = source
         return f"{self.dataset.stores[store].meta.sources[file].name}, group {group}, row {row}"
 
+    def _save(self) -> None:
+        self.records.save(self.progress)
+        self.saved_at = time.monotonic()
+
     # -------------------------------------------------------------------------------------------------- validation
 
     def _validation(self, reporter: Reporter) -> str | None:
@@ -246,7 +225,7 @@ class _Training:
             if is_best:
                 best = {"step": progress.step, "epoch": progress.epoch, "objective": result.objective}
                 self.progress = dataclasses.replace(self.progress, best=best)
-                self._export()
+                self.records.export(self.progress)
         reporter.validation(
             step=progress.step,
             epoch=progress.epoch,
@@ -268,84 +247,6 @@ class _Training:
             return f"{train.patience} validations without improvement"
         return None
 
-    # ------------------------------------------------------------------------------------------ what is written down
-
-    def _export(self) -> None:
-        """Write the weights in place (averaged where there is an average) as the run's model."""
-        card = {"best": self.progress.best, "data": self._data(), "versions": _versions()}
-        with dist.together("writing the model"):
-            if self.world.rank == 0:
-                save_model(self.run_dir, self.engine.objective.potential, config=self.config, card=card)
-
-    def _save(self) -> None:
-        """Write a checkpoint of this step boundary. A collective."""
-        tensors = self.engine.gather_state()
-        if self.average.tensors:
-            tensors["average"] = {name: tensor.cpu() for name, tensor in self.average.tensors.items()}
-        state = {
-            "progress": dataclasses.asdict(self.progress),
-            "average_updates": self.average.updates,
-            "data": self._data(),
-            "config": json.loads(self.config.model_dump_json()),
-            "versions": _versions(),
-            "written_by": {"ranks": self.world.size, "zero_stage": self.config.engine.zero_stage},
-        }
-        with dist.together("writing the checkpoint"):
-            if self.world.rank == 0:
-                checkpoint.write(self.checkpoints, self.progress.step, state, tensors)
-                best = self.progress.best["step"] if self.progress.best else None
-                checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, best)
-        self.saved_at = time.monotonic()
-
-    def _resume(self) -> None:
-        """Continue from the newest sound checkpoint, if there is one. A collective."""
-        found = None
-        with dist.together("reading the checkpoint"):
-            if self.world.rank == 0:
-                found = checkpoint.newest(self.checkpoints)
-                if found is not None:
-                    self._check_data(found)
-        step = dist.broadcast(None if found is None else int(found.state["step"]))
-        if step is not None:
-            with dist.together("reading the checkpoint"):
-                found = found or checkpoint.read(self.checkpoints / f"step_{step:08d}")
-                values = found.state["progress"]
-                self.progress = Progress(**{**values, "plateau": Plateau(**values["plateau"])})
-                self.engine.restore_state(found.tensors, self.progress.updates)
-                self.average.restore(found.tensors.get("average", {}), found.state["average_updates"])
-            log.info("going on from %s", found.path)
-        if self.world.rank == 0:
-            truncate_metrics(
-                self.run_dir / METRICS, step=self.progress.step, validated_step=self.progress.validated_step
-            )
-
-    def _check_data(self, found: checkpoint.Checkpoint) -> None:
-        before, now = ([item["digest"] for item in items] for items in (found.state["data"], self._data()))
-        if before != now:
-            stores = ", ".join(str(path) for path in self.config.data.stores)
-            raise RunError(
-                f"{stores} no longer hold the data that this run began with (the digest differs): "
-                "restore them, or choose another --run-dir"
-            )
-
-    def _finish(self, reason: str) -> None:
-        if self.progress.best is None:
-            raise RunError(
-                "no validation gave a finite value, so there is no model: look at the labels and lower optim.lr"
-            )
-        self._save()
-        with dist.together("writing the record of the end"):
-            if self.world.rank == 0:
-                weights = json.loads((self.run_dir / CARD).read_text())["weights_sha256"]
-                record = {"state": "finished", "reason": reason, "step": self.progress.step}
-                record |= {"best": self.progress.best, "weights_sha256": weights}
-                rundir.write_atomic(self.run_dir / rundir.DONE, json.dumps(record, indent=1))
-        best = self.progress.best
-        log.info("finished: %s; best validation %.5g at step %d", reason, best["objective"], best["step"])
-
-    def _data(self) -> list[dict]:
-        return [{"path": str(store.path), "digest": store.digest} for store in self.dataset.stores]
-
     def _say_what_runs(self) -> None:
         config, world, count = self.config, self.world, self.dataset.count
         size = sum(p.numel() for p in self.engine.parameters().values())
@@ -360,41 +261,3 @@ class _Training:
             *(world.size, world.launcher, self.engine.device, config.train.micro_batches_per_step),
             *(config.engine.zero_stage, clip, config.optim.kind, self.progress.step),
         )
-
-
-def _loader(config: RunConfig, dataset: Dataset, world: World) -> TrainLoader:
-    if not dataset.count("val"):
-        raise ConfigError(
-            f"no structure of the validation split carries a label of {', '.join(dataset.spec.levels)}: "
-            "shard with a larger validation fraction, the best model is chosen there"
-        )
-    M = config.train.micro_batches_per_step
-    own = range(world.rank * M // world.size, (world.rank + 1) * M // world.size)
-    return TrainLoader(dataset, config.data, streams=own, num_streams=M, seed=config.train.seed)
-
-
-def _check_ranks(config: RunConfig, world: World) -> None:
-    M = config.train.micro_batches_per_step
-    if M % world.size:
-        fitting = [n for n in range(1, M + 1) if M % n == 0]
-        raise ConfigError(
-            f"train.micro_batches_per_step is {M}, which {world.size} processes cannot share evenly: "
-            f"start {' or '.join(map(str, fitting))} of them, or choose a multiple of {world.size}"
-        )
-
-
-def _device(wanted: str, world: World) -> torch.device:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RunError("engine.device is cuda, but torch finds no GPU here: ask the job for one, or set it to auto")
-    # a launcher may show each process its own GPU only, which is then number 0
-    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _versions() -> dict[str, str]:
-    modules = {name: sys.modules.get(name) for name in ("torch", "deepspeed", "numpy")}
-    found = {name: str(getattr(module, "__version__", "")) for name, module in modules.items()}
-    return {"hpcmlip": hpcmlip.__version__, "python": platform.python_version(), **found, "cpu": os.uname().machine}

@@ -105,5 +105,5 @@ SCHEDULES: dict[str, Callable[[OptimSection, float, float, float], float]] = {
 
 
 def ema_decay(decay: float, updates: int) -> float:
-    """Decay of the weight average at its n-th update: short at first, so that the initial weights are soon forgotten."""
+    """Decay of the weight average at its n-th update: short at first, to forget the initial weights soon."""
     return min(decay, (1 + updates) / (10 + updates))

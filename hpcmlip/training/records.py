@@ -1,0 +1,139 @@
+"""What a run leaves in its directory: checkpoints, best model, record of its end. Every method is a collective."""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hpcmlip
+from hpcmlip import dist
+from hpcmlip.config import RunConfig
+from hpcmlip.data.dataset import Dataset
+from hpcmlip.dist import World
+from hpcmlip.errors import RunError
+from hpcmlip.models.export import CARD, save_model
+from hpcmlip.training import checkpoint, rundir
+from hpcmlip.training.average import Average
+from hpcmlip.training.engine import Engine
+from hpcmlip.training.reporting import METRICS, truncate_metrics
+from hpcmlip.training.schedules import Plateau
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the weights, all that it needs to go on."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    epoch: int = 0
+    step_in_epoch: int = 0
+    updates: int = 0
+    """Steps that changed the weights."""
+    bad_steps: int = 0
+    validated_step: int = 0
+    """Step of the last validation."""
+    plateau: Plateau = field(default_factory=Plateau)
+    best: dict | None = None
+    """step, epoch and objective of the best validation."""
+
+
+class Records:
+    """Writes and reads what outlives the process; rank 0 holds the pen, an error there is an error everywhere."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, world: World, *, dataset: Dataset, engine: Engine, average: Average
+    ):
+        self._config, self._run_dir, self._world = config, run_dir, world
+        self._dataset, self._engine, self._average = dataset, engine, average
+        self._checkpoints = run_dir / rundir.CHECKPOINTS
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint of this step boundary."""
+        tensors = self._engine.gather_state()
+        if self._average.tensors:
+            tensors["average"] = {name: tensor.cpu() for name, tensor in self._average.tensors.items()}
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "average_updates": self._average.updates,
+            "data": self._data(),
+            "config": json.loads(self._config.model_dump_json()),
+            "versions": _versions(),
+            "written_by": {"ranks": self._world.size, "zero_stage": self._config.engine.zero_stage},
+        }
+        with dist.together("writing the checkpoint"):
+            if self._world.rank == 0:
+                checkpoint.write(self._checkpoints, progress.step, state, tensors)
+                best = progress.best["step"] if progress.best else None
+                checkpoint.prune(self._checkpoints, self._config.train.keep_checkpoints, best)
+
+    def resume(self) -> Progress:
+        """Set weights, moments and averages from the newest sound checkpoint, if there is one; where to go on from."""
+        progress, step = Progress(), self._newest_step()
+        if step is not None:
+            with dist.together("reading the checkpoint"):
+                found = checkpoint.read(self._checkpoints / checkpoint.name(step))
+                values = found.state["progress"]
+                progress = Progress(**{**values, "plateau": Plateau(**values["plateau"])})
+                self._engine.restore_state(found.tensors, progress.updates)
+                self._average.restore(found.tensors.get("average", {}), found.state["average_updates"])
+                log.info("going on from %s", found.path)
+        with dist.together("opening the metrics"):
+            if self._world.rank == 0:
+                path = self._run_dir / METRICS
+                truncate_metrics(path, step=progress.step, validated_step=progress.validated_step)
+        return progress
+
+    def _newest_step(self) -> int | None:
+        step = None
+        with dist.together("reading the checkpoint"):
+            found = checkpoint.newest(self._checkpoints) if self._world.rank == 0 else None
+            if found is not None:
+                step = int(found.state["step"])
+                self._check_data([item["digest"] for item in found.state["data"]])
+        return dist.broadcast(step)
+
+    def _check_data(self, digests: list[str]) -> None:
+        if digests != [store.digest for store in self._dataset.stores]:
+            stores = ", ".join(str(path) for path in self._config.data.stores)
+            raise RunError(
+                f"{stores} no longer hold the data that this run began with (the digest differs): "
+                "restore them, or choose another --run-dir"
+            )
+
+    def export(self, progress: Progress) -> None:
+        """Write the weights that are in place now (averaged where there is an average) as the run's model."""
+        card = {"best": progress.best, "data": self._data(), "versions": _versions()}
+        with dist.together("writing the model"):
+            if self._world.rank == 0:
+                save_model(self._run_dir, self._engine.objective.potential, config=self._config, card=card)
+
+    def finish(self, progress: Progress, reason: str) -> None:
+        """Last checkpoint and the record of the end. Raises RunError if there is no model to show for it."""
+        if progress.best is None:
+            raise RunError(
+                "no validation gave a finite value, so there is no model: look at the labels, lower optim.lr"
+            )
+        self.save(progress)
+        with dist.together("writing the record of the end"):
+            if self._world.rank == 0:
+                weights = json.loads((self._run_dir / CARD).read_text())["weights_sha256"]
+                record = {"state": "finished", "reason": reason, "step": progress.step}
+                record |= {"best": progress.best, "weights_sha256": weights}
+                rundir.write_atomic(self._run_dir / rundir.DONE, json.dumps(record, indent=1))
+        best = progress.best
+        log.info("finished: %s; best validation %.5g at step %d", reason, best["objective"], best["step"])
+
+    def _data(self) -> list[dict]:
+        return [{"path": str(store.path), "digest": store.digest} for store in self._dataset.stores]
+
+
+def _versions() -> dict[str, str]:
+    modules = {name: sys.modules.get(name) for name in ("torch", "deepspeed", "numpy")}
+    found = {name: str(getattr(module, "__version__", "")) for name, module in modules.items()}
+    return {"hpcmlip": hpcmlip.__version__, "python": platform.python_version(), **found, "machine": os.uname().machine}
