@@ -44,30 +44,32 @@ def specs(num_atoms: int, num_levels: int, num_force_levels: int) -> tuple[Array
 
 def create(store, path: str, spec: ArraySpec, group: GroupMeta, rows: int) -> zarr.Array:
     """Array of a group with `rows` rows, without data."""
-    return _create(store, path, spec, rows, group.rows_per_chunk, group.rows_per_shard)
+    return _create(store, path, spec, rows, chunk=group.rows_per_chunk, shard=group.rows_per_shard)
 
 
 def create_molecules(store, keys: np.ndarray) -> zarr.Array:
     """The `molecules` array [M, W] uint8, with its data."""
     spec = ArraySpec("molecules", "uint8", keys.shape[1:])
     chunk = min(max(MOLECULES_CHUNK // keys.shape[1], 1), len(keys))
-    array = _create(store, "molecules", spec, len(keys), chunk, chunk * -(-len(keys) // chunk))
+    array = _create(store, "molecules", spec, len(keys), chunk=chunk, shard=chunk * -(-len(keys) // chunk))
     array[:] = keys
     return array
 
 
-def _create(store, path: str, spec: ArraySpec, rows: int, rows_per_chunk: int, rows_per_shard: int) -> zarr.Array:
+def _create(store, path: str, spec: ArraySpec, rows: int, *, chunk: int, shard: int) -> zarr.Array:
     size = np.dtype(spec.dtype).itemsize
     return zarr.create_array(
         store,
         name=path,
         shape=(rows, *spec.tail),
-        chunks=(rows_per_chunk, *spec.tail),
-        shards=(rows_per_shard, *spec.tail),
+        chunks=(chunk, *spec.tail),
+        shards=(shard, *spec.tail),
         dtype=spec.dtype,
         # the default codecs returned 298 of 300 flipped bits as data; crc32c on every chunk finds them all
         serializer=BytesCodec() if size > 1 else BytesCodec(endian=None),
-        compressors=[BloscCodec(typesize=size, cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
+        # measured on 76,086 xtb structures (30.5 MB): 0.81 of the size, 0.10 s to pack, 0.04 s to unpack;
+        # level 1 0.83 and 0.06 s, level 5 0.78 and 0.23 s, lz4 0.85 and 0.03 s, plain zstd 0.85 at any level
+        compressors=[BloscCodec(typesize=size, cname="zstd", clevel=3, shuffle="shuffle"), Crc32cCodec()],
         fill_value=0,
         # an absent chunk must always mean a lost one
         config={"write_empty_chunks": True},

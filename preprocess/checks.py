@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from hpcmlip.data.adjacency import LARGEST, squared_distances
 from hpcmlip.data.store import energy_bit, forces_bit
@@ -49,7 +48,9 @@ def judge(rows: Rows, job: Job) -> Verdict:
         mark(np.isinf(forces).any(axis=1), f"{name} forces infinite", "inf")
         missing = np.isnan(forces).sum(axis=1)
         partly = (missing > 0) & (missing < forces.shape[1])
-        mark(partly, f"{name} forces partly NaN", lambda row, m=missing: f"{m[row]} of {forces.shape[1]} components")
+        mark(
+            partly, f"{name} forces partly NaN", lambda row, m=missing, n=forces.shape[1]: f"{m[row]} of {n} components"
+        )
         labels[missing == 0] |= np.uint64(forces_bit(i))
     return Verdict(labels, bad)
 
@@ -60,6 +61,8 @@ def nearest_distances(pos: np.ndarray) -> np.ndarray:
     if N == 1:
         return np.full(R, np.inf)
     if N > LARGEST:
+        from scipy.spatial import cKDTree  # a tenth of a second that few data sets need
+
         return np.array([cKDTree(x).query(x, k=2)[0][:, 1].min() for x in pos])
     square = squared_distances(pos)
     square[:, np.arange(N), np.arange(N)] = np.inf

@@ -16,8 +16,8 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+def flush(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -69,7 +69,13 @@ class Job:
             return None if energies is None else {symbol: value * unit for symbol, value in sorted(energies.items())}
 
         return tuple(
-            Level(lv.name, lv.source.method, lv.source.basis, lv.source.forces is not None, in_ev(lv.source.atomic_energies))
+            Level(
+                lv.name,
+                lv.source.method,
+                lv.source.basis,
+                lv.source.forces is not None,
+                in_ev(lv.source.atomic_energies),
+            )
             for lv in self.levels
         )
 

@@ -1,6 +1,7 @@
-"""From the counts of the scan to groups, chunks, shards and the tasks that write them. Pure: the same counts, the same store.
+"""From the counts of the scan to groups, chunks, shards and the tasks that write them. Pure.
 
-Rows of a group are sorted by (split, labels, source order). A shard holds whole chunks, a task writes one shard of one group.
+Rows of a group are sorted by (split, labels, source order). A shard holds whole chunks, a task writes one shard of one
+group. The same counts give the same store.
 """
 
 from collections import defaultdict
@@ -15,13 +16,13 @@ CHUNK_BYTES = 1 << 20
 """Of a chunk of all arrays together, before compression."""
 SHARD_BYTES = 24 << 20
 """Most of a shard of all arrays together, before compression: what a worker holds at once."""
-MIN_SHARDS = 16
+MIN_SHARDS = 8
 """So that a small data set keeps some workers busy too."""
 
 
 @dataclass(frozen=True)
 class Pick:
-    """Rows `first`.. `last` (counted among the unit's rows of that atom count, split and labels) go to `target` of the shard."""
+    """Rows [first, last) among a unit's rows of that atom count, split and labels go to row `target` of the shard."""
 
     unit: int
     split: int
@@ -89,7 +90,9 @@ def tasks(job: Job, scanned: Scanned, metas: tuple[GroupMeta, ...]) -> list[Writ
         runs = _runs(group, scanned)
         for shard in range(_ceil(group.rows, group.rows_per_shard)):
             start = shard * group.rows_per_shard
-            found.append(WriteTask(job, group, shard, _picks(runs, start, min(start + group.rows_per_shard, group.rows))))
+            found.append(
+                WriteTask(job, group, shard, _picks(runs, start, min(start + group.rows_per_shard, group.rows)))
+            )
     return sorted(found, key=lambda task: (-task.rows * task.group.num_atoms, task.group.num_atoms, task.shard))
 
 

@@ -56,7 +56,6 @@ def _shard(job: Job, execute: schedule.Execute, began: float) -> None:
         out,
         unlabelled=scanned.rows - scanned.num_bad - scanned.num_kept,
         seconds=time.monotonic() - began,
-        console=Console(),
     )
 
 
@@ -113,7 +112,9 @@ def _judge(job: Job, scanned: scan.Scanned, num_units: int) -> None:
     if not scanned.num_kept:
         raise DataError("no conformation carries a label of the levels in the config; check their keys")
     if not scanned.split_counts()["train"]:
-        raise DataError("the training split is empty: too few molecules for split.by; take more data or another split.by")
+        raise DataError(
+            "the training split is empty: too few molecules for split.by; take more data or another split.by"
+        )
     for split, count in scanned.split_counts().items():
         wanted = dict(zip(("train", "val", "test"), job.config.split.fractions, strict=True))[split]
         if wanted and not count:

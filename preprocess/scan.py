@@ -1,7 +1,7 @@
 """First pass: every row is read once and judged. What the second pass must know of it is kept in small files.
 
-A unit is a run of row ranges (pieces) of some tens of thousands of rows; its result is `scan/00012.npz` with, for each atom
-count, the row's split, label mask and molecule, and `scan/00012.json`, the receipt, written last.
+A unit is a run of row ranges (pieces) of some tens of thousands of rows; its result is `scan/00012.npz` with, for each
+atom count, the row's split, label mask and molecule, and `scan/00012.json`, the receipt, written last.
 """
 
 import io

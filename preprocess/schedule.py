@@ -1,4 +1,7 @@
-"""Where tasks run: Dask on local processes, on MPI ranks, or on Slurm jobs. Tasks leave files; only receipts come back."""
+"""Where tasks run: Dask on local processes, on MPI ranks, or on Slurm jobs.
+
+Tasks leave files; only receipts come back.
+"""
 
 import logging
 import os

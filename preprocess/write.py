@@ -1,7 +1,7 @@
 """Second pass: one task gathers the rows of one shard and writes the shard files of all arrays of its group.
 
-A shard file is encoded in memory, written under a temporary name, read back and compared, then renamed; the receipt with the
-sizes and hashes of all files of the task comes last.
+A shard file is encoded in memory, written under a temporary name, read back and compared, then renamed; the receipt
+with the sizes and hashes of all files of the task comes last.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from hpcmlip.data.adjacency import LARGEST, pack
 from hpcmlip.data.store import SPLITS, GroupMeta
 from hpcmlip.errors import DataError
 from hpcmlip.preprocess import arrays
-from hpcmlip.preprocess.files import matches, sync_folder, write_whole
+from hpcmlip.preprocess.files import flush, matches, write_whole
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.layout import WriteTask
-from hpcmlip.preprocess.scan import LEFT_OUT, Piece, arrays_path, receipt_path
+from hpcmlip.preprocess.scan import Piece, arrays_path, receipt_path
 
 GAP = 64
 """Rows read along although nobody wants them, rather than reading twice."""
@@ -83,7 +83,6 @@ def _wanted(task: WriteTask, unit: int) -> dict[int, Columns]:
     found = defaultdict(lambda: defaultdict(list))
     for pick in (pick for pick in task.picks if pick.unit == unit):
         rows = np.flatnonzero((columns["split"] == pick.split) & (columns["labels"] == pick.labels))
-        assert columns["split"].dtype == np.uint8 and pick.split != LEFT_OUT
         rows = rows[pick.first : pick.last]
         target = np.arange(pick.target, pick.target + len(rows))
         pieces = columns["piece"][rows]
@@ -93,7 +92,8 @@ def _wanted(task: WriteTask, unit: int) -> dict[int, Columns]:
             found[piece]["target"].append(target[here])
             found[piece]["molecule"].append(to_global[columns["molecule"][rows[here]]])
     return {
-        piece: {name: np.concatenate(values) for name, values in parts.items()} for piece, parts in sorted(found.items())
+        piece: {name: np.concatenate(values) for name, values in parts.items()}
+        for piece, parts in sorted(found.items())
     }
 
 
@@ -154,14 +154,18 @@ def _normal_equations(task: WriteTask, columns: Columns) -> list[list]:
 
 
 def _write(task: WriteTask, columns: Columns) -> dict[str, dict]:
-    """Manifest entries of the shard files of all arrays."""
+    """Write the shard files of all arrays; returns their manifest entries."""
     job, group = task.job, task.group
-    files = {}
+    files, written = {}, []
     for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels)):
         name = f"{group.path}/{spec.name}/{spec.shard_key(task.shard)}"
-        data = encode(columns.pop(spec.name) if spec.name == "forces" else columns[spec.name], spec, group)
+        data = encode(columns.pop(spec.name), spec, group)
         files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        _write_checked(job.store / name, data)
+        written.append((_write_temporary(job.store / name, data), job.store / name))
+    for temporary, path in written:
+        # all are on their way to the disk by now, so the later ones hardly wait
+        flush(temporary)
+        os.replace(temporary, path)
     return files
 
 
@@ -170,24 +174,25 @@ def encode(values: np.ndarray, spec: arrays.ArraySpec, group: GroupMeta) -> byte
     memory = MemoryStore()
     array = arrays.create(memory, spec.name, spec, group, len(values))
     array[:] = values
-    if not np.array_equal(array[:].view(np.uint8), np.ascontiguousarray(values).view(np.uint8)):
-        raise DataError(f"the codec returned other values than went in for {group.path}/{spec.name}: check the machine's memory")
+    if array[:].tobytes() != values.tobytes():
+        raise DataError(
+            f"{group.path}/{spec.name}: the codec gave back other values than it got; check the machine's memory"
+        )
     key = f"{spec.name}/{spec.shard_key(0)}"
     return sync(memory.get(key, default_buffer_prototype())).to_bytes()
 
 
-def _write_checked(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_temporary(path: Path, data: bytes) -> Path:
+    """Write beside `path` and read back; returns the temporary name."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
         if temporary.read_bytes() != data:
-            raise DataError(f"{path} reads back differently from what was written: check the disk")
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+            raise DataError(f"{temporary} reads back differently from what was written; check the disk")
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path} ({len(data)} bytes): {error.strerror}; free space and run again") from None
+        raise DataError(
+            f"cannot write {path} ({len(data)} bytes): {error.strerror}; free space and run again"
+        ) from None
+    return temporary

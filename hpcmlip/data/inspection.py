@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from hpcmlip.data import store as stores
+from hpcmlip.data import verification
 from hpcmlip.data.offsets import atomic_energies, isolated_energies, knows_isolated
-from hpcmlip.data.store import SPLITS, Meta, Store, energy_bit, forces_bit
+from hpcmlip.data.store import SPLITS, Meta, Store, energy_bit, forces_bit, open_store
+from hpcmlip.errors import DataError
 from hpcmlip.units import SYMBOLS
 
 
@@ -44,6 +46,12 @@ def fitted(meta: Meta, level: int) -> tuple[np.ndarray, float]:
     return isolated_energies(meta.levels[level], meta.elements) + rest, rms
 
 
+def wide_console() -> Console:
+    """stdout; in a file or pipe, where there is no width to keep to, wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def level_table(meta: Meta) -> Table:
     """Per level: labels in each split, atomic energies fitted to the totals and what they leave."""
     table = Table(title="levels of theory", title_justify="left")
@@ -63,3 +71,131 @@ def level_table(meta: Meta) -> Table:
             fit = [f"{e:.3f}" for e in energies] + [f"{rms:.3f}", known]
             table.add_row(*row, *(fit if prop == "energy" else [""] * len(fit)))
     return table
+
+
+# ---------------------------------------------------------------------------------------------------------- inspect
+
+
+def show(path: Path, as_json: bool = False) -> None:
+    """Print what a store holds, as tables or as one JSON object. Raises DataError if it is no store."""
+    store = open_store(path)
+    facts = describe(store)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    console = wide_console()
+    console.print(_overview(facts))
+    console.print(_group_table(facts))
+    console.print(level_table(store.meta))
+    for source in facts["sources"]:
+        console.print(f"source {source['name']}: {source['size']:,} bytes, sha256 {source['sha256']}", soft_wrap=True)
+
+
+def describe(store: Store) -> dict:
+    """All that `show` prints, as plain values."""
+    meta = store.meta
+    labels = label_counts(meta)
+    levels = {}
+    for i, level in enumerate(meta.levels):
+        energies, rms = fitted(meta, i)
+        levels[level.name] = {
+            "method": level.method,
+            "basis": level.basis,
+            "labels": labels[level.name],
+            "isolated_atoms_known": knows_isolated(level, meta.elements),
+            "fitted_atomic_energies_ev": dict(zip((SYMBOLS[z] for z in meta.elements), energies.tolist(), strict=True)),
+            "residual_rms_ev": None if np.isnan(rms) else rms,
+        }
+    return {
+        "path": str(store.path),
+        "name": meta.name,
+        "schema": meta.schema,
+        "digest": store.digest,
+        "structures": meta.num_structures,
+        "atoms": sum(group.rows * group.num_atoms for group in meta.groups),
+        "molecules": meta.num_molecules,
+        "quarantined": meta.quarantined,
+        "elements": [SYMBOLS[z] for z in meta.elements],
+        "cutoff": meta.cutoff,
+        "bytes": sum(file["size"] for file in store.files.values()),
+        "files": len(store.files),
+        "split": {**meta.split, "structures": split_counts(meta), "molecules_in_two_splits": shared_molecules(store)},
+        "levels": levels,
+        "groups": [dataclasses.asdict(group) for group in meta.groups],
+        "sources": [dataclasses.asdict(source) for source in meta.sources],
+    }
+
+
+def shared_molecules(store: Store) -> int:
+    """Number of molecules with structures in more than one split, counted from the rows themselves."""
+    seen = np.zeros((store.meta.num_molecules, len(SPLITS)), dtype=bool)
+    for group in store.meta.groups:
+        for segment in group.segments:
+            step = group.rows_per_shard
+            for start in range(segment.start, segment.stop, step):
+                molecule = store.read(group, "molecule", start, min(start + step, segment.stop))
+                seen[molecule, SPLITS.index(segment.split)] = True
+    return int((seen.sum(axis=1) > 1).sum())
+
+
+def _overview(facts: dict) -> Table:
+    split, structures = facts["split"], facts["split"]["structures"]
+    shared = split["molecules_in_two_splits"]
+    leak = "no molecule stands in two splits" if not shared else f"{shared:,} molecules stand in more than one split"
+    if shared and split["by"] == "structure":
+        leak += " (split by structure)"
+    table = Table(title=f"{facts['name']}: {facts['path']}", title_justify="left", show_header=False)
+    for name, value in (
+        ("structures", f"{facts['structures']:,} ({facts['atoms']:,} atoms, {facts['molecules']:,} molecules)"),
+        ("quarantined", f"{facts['quarantined']:,}"),
+        (f"split by {split['by']}", ", ".join(f"{name} {count:,}" for name, count in structures.items())),
+        ("", leak),
+        ("elements, cutoff", f"{' '.join(facts['elements'])}, {facts['cutoff']:g} Å"),
+        ("size", f"{facts['bytes'] / 1e6:,.1f} MB in {facts['files']} files"),
+        ("digest", facts["digest"]),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _group_table(facts: dict) -> Table:
+    table = Table(title="structures by number of atoms", title_justify="left")
+    for name in ("atoms", "structures", *SPLITS, "rows a chunk", "rows a shard"):
+        table.add_column(name, justify="right")
+    for group in facts["groups"]:
+        counts = dict.fromkeys(SPLITS, 0)
+        for segment in group["segments"]:
+            counts[segment["split"]] += segment["stop"] - segment["start"]
+        values = (group["num_atoms"], group["rows"], *counts.values(), group["rows_per_chunk"], group["rows_per_shard"])
+        table.add_row(*(f"{value:,}" for value in values))
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------- verify
+
+
+def verify(path: Path) -> int:
+    """Re-read a store, print each damaged file and chunk; 0 if it is whole, else 1. Raises DataError for no store."""
+    console = Console(soft_wrap=True, highlight=False)
+    if not Path(path).is_dir():
+        open_store(path)  # says what is wrong
+    problems = 0
+    for problem in verification.check_files(path):
+        problems += 1
+        console.print(problem, markup=False)
+    rows = 0
+    try:
+        chunks = verification.check_chunks(path)
+        for count, found in track(chunks, "decoding", console=Console(stderr=True), disable=not console.is_terminal):
+            rows += count
+            problems += len(found)
+            for problem in found:
+                console.print(problem, markup=False)
+    except DataError as error:
+        problems += 1
+        console.print(str(error), markup=False)
+    if problems:
+        console.print(f"{path} is damaged: {problems} problems; shard it again", markup=False)
+        return 1
+    console.print(f"{path} is whole: {rows:,} structures, every file and every chunk checked", markup=False)
+    return 0

@@ -40,7 +40,7 @@ def _hash(key: str, seed: int) -> int:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """[R] uint64 -> [R] uint64, the finalizer of SplitMix64 (Steele, Lea, Flood 2014): neighbouring rows come out unrelated."""
+    """[R] uint64 -> [R] uint64, finalizer of SplitMix64 (Steele, Lea, Flood 2014): neighbours come out unrelated."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

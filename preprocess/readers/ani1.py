@@ -1,7 +1,7 @@
 """ANI-1 (isayev/ANI1_dataset): eight files `ani_gdb_s0X.h5`, a nested group per molecule, wB97X/6-31G(d) energies.
 
-With `options: {high_energy: true}` the conformations of `coordinatesHE`, which the authors took out of the main list, come
-after the others: row Nc + k of a group is its k-th high-energy conformation.
+With `options: {high_energy: true}` the conformations of `coordinatesHE`, which the authors took out of the main list,
+come after the others: row Nc + k of a group is its k-th high-energy conformation.
 """
 
 from pathlib import Path

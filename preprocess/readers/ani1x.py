@@ -1,7 +1,7 @@
-"""ANI-1x and ANI-1ccx (aiqm/ANI1x_datasets): one file, a group per formula, many levels of theory, NaN where not computed.
+"""ANI-1x and ANI-1ccx (aiqm/ANI1x_datasets): one file, a group per formula, many levels, NaN where not computed.
 
-Correlation energies are stored as such (`mp2_tz.corr_energy`), so the levels beyond Hartree-Fock are sums. `smiles` (Nc,) is
-no key of the release; files of ours have it, and then it names the molecule.
+Correlation energies are stored as such (`mp2_tz.corr_energy`), so the levels beyond Hartree-Fock are sums. `smiles`
+(Nc,) is no key of the release; files of ours have it, and then it names the molecule.
 """
 
 from pathlib import Path
@@ -30,9 +30,7 @@ def _hf(size: str) -> LevelSource:
 
 
 def _sum(size: str, method: str, key: str) -> LevelSource:
-    return LevelSource(
-        energy=(f"hf_{size.lower()}.energy", f"{key}.corr_energy"), method=method, basis=f"cc-pV{size}"
-    )
+    return LevelSource(energy=(f"hf_{size.lower()}.energy", f"{key}.corr_energy"), method=method, basis=f"cc-pV{size}")
 
 
 PRESETS = {

@@ -1,4 +1,7 @@
-"""COMP6v1 (isayev/COMP6): the benchmark of ANI-1x, a nested group per molecule. Its `forces` are gradients: the sign turns here."""
+"""COMP6v1 (isayev/COMP6): the benchmark of ANI-1x, a nested group per molecule.
+
+Its `forces` are gradients: the sign turns here.
+"""
 
 from pathlib import Path
 
@@ -10,9 +13,7 @@ from hpcmlip.preprocess.readers.hdf5 import Hdf5File, Layout
 COMPONENT = "COMP6v1: benchmark of larger molecules, wB97X/6-31G(d) energies and forces"
 ENERGY_UNIT = "Ha"
 PRESETS = {
-    "dz": LevelSource(
-        energy="energies", forces="forces", method="wB97X", basis="6-31G(d)", atomic_energies=WB97X_ATOMS
-    )
+    "dz": LevelSource(energy="energies", forces="forces", method="wB97X", basis="6-31G(d)", atomic_energies=WB97X_ATOMS)
 }
 DEFAULT_LEVELS = ("dz",)
 OPTIONS: dict = {}
