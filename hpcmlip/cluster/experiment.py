@@ -13,7 +13,6 @@ evaluation/               of the dependent job
 import getpass
 import hashlib
 import json
-import os
 import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from hpcmlip.cluster.script import Evaluation
 from hpcmlip.config import RunConfig, dump, load
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, RunError
+from hpcmlip.training.rundir import DONE, differing, write_atomic
 
 SCHEMA = 1
 RECORD = "experiment.json"
@@ -72,7 +72,7 @@ class Experiment:
         """Whether the evaluation that is asked for is there, and of the members' present weights."""
         try:
             metrics = json.loads((self.evaluation_folder / "metrics.json").read_text())
-            done = [json.loads((self.run_dir(i) / "done.json").read_text()) for i in range(self.members)]
+            done = [json.loads((self.run_dir(i) / DONE).read_text()) for i in range(self.members)]
             seen = (
                 metrics["store"]["digest"],
                 metrics["split"]["name"],
@@ -87,7 +87,7 @@ class Experiment:
 def is_finished(run_dir: Path) -> bool:
     """Whether a run ended by itself and its weights are still those it ended with."""
     try:
-        done = json.loads((run_dir / "done.json").read_text())
+        done = json.loads((run_dir / DONE).read_text())
         weights = hashlib.sha256((run_dir / "model.safetensors").read_bytes()).hexdigest()
     except (OSError, ValueError):
         return False
@@ -123,7 +123,7 @@ def check_folder(experiment: Experiment) -> None:
         what = "a single run" if (folder / "config.yaml").exists() else "something else"
         raise ConfigError(f"{folder} holds {what}, no experiment; name another folder with --run-dir")
     before = open_experiment(folder)
-    changed = differences(before.config, experiment.config)
+    changed = differing(*(json.loads(config.model_dump_json()) for config in (before.config, experiment.config)))
     if changed:
         raise ConfigError(
             f"{folder} holds an experiment with another config ({'; '.join(changed[:5])}); "
@@ -136,34 +136,17 @@ def check_folder(experiment: Experiment) -> None:
         )
 
 
-def differences(before: RunConfig, after: RunConfig) -> list[str]:
-    """`key: old there, new here` of every setting in which two configs differ."""
-    old, new = _flat(json.loads(before.model_dump_json())), _flat(json.loads(after.model_dump_json()))
-    keys = sorted(key for key in old | new if old.get(key) != new.get(key))
-    return [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys]
-
-
 def write(experiment: Experiment, site_text: str) -> None:
     """Make the directory: configs first, the record last. What is there already stays as it is where it is the same."""
     for folder in (experiment.folder / "slurm", experiment.folder / "configs"):
         folder.mkdir(parents=True, exist_ok=True)
-    write_file(experiment.folder / "run.yaml", dump(experiment.config))
-    write_file(experiment.site_file, site_text)
+    write_atomic(experiment.folder / "run.yaml", dump(experiment.config))
+    write_atomic(experiment.site_file, site_text)
     for member in range(experiment.members):
         # a member that fails before its first line of log is still seen, and named, by the evaluation
         experiment.run_dir(member).mkdir(exist_ok=True)
-        write_file(experiment.config_file(member), dump(experiment.member_config(member)))
-    write_file(experiment.folder / RECORD, json.dumps(_record(experiment), indent=2) + "\n")
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        write_atomic(experiment.config_file(member), dump(experiment.member_config(member)))
+    write_atomic(experiment.folder / RECORD, json.dumps(_record(experiment), indent=2) + "\n")
 
 
 def now() -> str:
@@ -182,10 +165,3 @@ def _record(experiment: Experiment) -> dict:
         "written": now(),
         "created_by": f"{getpass.getuser()}@{socket.gethostname()}, hpcmlip {hpcmlip.__version__}",
     }
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

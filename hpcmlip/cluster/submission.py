@@ -20,6 +20,7 @@ from hpcmlip.data.dataset import Dataset
 from hpcmlip.data.store import SPLITS, open_store
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.plugins import suggest
+from hpcmlip.training.rundir import write_atomic
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,10 @@ def _check_queue(experiment: Experiment) -> None:
 def _write_scripts(experiment: Experiment, site: Site, plan: Plan) -> None:
     name, folder = experiment.config.name, experiment.folder
     if plan.members:
-        experiments.write_file(_path(experiment, "train"), script.train_script(site, name, folder, plan.members))
+        write_atomic(_path(experiment, "train"), script.train_script(site, name, folder, plan.members))
     if plan.evaluate:
         text = script.evaluate_script(site, name, folder, experiment.evaluation)
-        experiments.write_file(_path(experiment, "evaluate"), text)
+        write_atomic(_path(experiment, "evaluate"), text)
 
 
 def _submit(experiment: Experiment, plan: Plan, *, dry_run: bool) -> int:
@@ -163,7 +164,7 @@ def _job(experiment: Experiment, kind: str, *, after: str | None, dry_run: bool,
     path = experiment.folder / "jobs.json"
     jobs = json.loads(path.read_text())["jobs"] if path.exists() else []
     jobs.append({"id": job, "kind": kind, "members": list(members), "submitted": experiments.now()})
-    experiments.write_file(path, json.dumps({"jobs": jobs}, indent=2) + "\n")
+    write_atomic(path, json.dumps({"jobs": jobs}, indent=2) + "\n")
     return job
 
 
