@@ -19,7 +19,7 @@ from hpcmlip.errors import DataError
 log = logging.getLogger(__name__)
 
 BLOCK = 1 << 16
-FRUITLESS_TRIES = 5
+FRUITLESS_TRIES = 4
 """A download ends with an error after this many tries in a row that bring no byte."""
 LOG_SECONDS = 30
 
@@ -49,7 +49,7 @@ class Resuming:
                 if fruitless == FRUITLESS_TRIES:
                     raise RefusedError(f"{problem}; {part.tell()} bytes are kept in {self.part}")
                 log.warning("%s: %s; going on at byte %d", url, problem, part.tell())
-                time.sleep(self.pause * 2**fruitless)
+                time.sleep(self.pause * 2 ** max(fruitless - 1, 0))
         # a second name, not a move: a kill while the sum is checked must not cost the whole download
         os.unlink(output_file)
         try:
