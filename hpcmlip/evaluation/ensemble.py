@@ -17,7 +17,7 @@ from hpcmlip.batch import AtomsBatch
 from hpcmlip.data.loader import split_batches
 from hpcmlip.data.store import SPLITS
 from hpcmlip.errors import ConfigError
-from hpcmlip.evaluation import figures, members, output
+from hpcmlip.evaluation import figures, members, output, progress
 from hpcmlip.evaluation.predictions import Spill
 from hpcmlip.evaluation.sums import Result, Sums, result_sums
 from hpcmlip.evaluation.task import Task, prepare
@@ -49,6 +49,7 @@ def evaluate(runs: Sequence[Path], store: Path, *, split: str, out: Path, unit: 
     partial = _folder(Path(out)) / PARTIAL
     if world.size > 1:
         dist.start(world, folder=Path(out), device=device, timeout_minutes=TIMEOUT_MINUTES)
+        dist.share_cores()
     try:
         with dist.together("preparing the output folder"):
             if world.rank == 0:
@@ -84,7 +85,11 @@ def _device(local_rank: int) -> torch.device:
 def _run(task: Task, world: dist.World, spill: Spill) -> Sums:
     """Sums of this rank's share; its predictions go to the spill files."""
     total = Sums.zeros(len(task.ensemble.members), len(task.sizes), len(task.levels))
-    for result in results(task, rank=world.rank, size=world.size):
+    share = -(-task.dataset.count(task.split) // world.size)
+    blocks = results(task, rank=world.rank, size=world.size)
+    if world.rank == 0:
+        blocks = progress.watch(blocks, share, size=lambda result: len(result.numbers))
+    for result in blocks:
         place = task.sizes.index(result.numbers.shape[1])
         part = result_sums(result, task.dataset.spec.force_levels, place, total)
         total = Sums(total.errors + part.errors, total.spread + part.spread)

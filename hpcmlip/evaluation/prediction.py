@@ -49,7 +49,7 @@ def predict(models: Sequence[Path], structures: Path, out: Path, *, level: str |
     found = find_members(models)
     for item in found.left_out:
         log.warning("left out: %s: %s", item["run"], item["reason"])
-    ensemble = load_members(found.runs, dtype=torch.float64)
+    ensemble = load_members(found.runs)
     level = level or default_level(ensemble)
     ensemble.check_level(level)
     temporary = Path(out).with_name(f".{Path(out).name}.{os.getpid()}.tmp")
@@ -163,18 +163,23 @@ def _windows(path: Path) -> Iterator[list[Atoms]]:
         raise DataError(f"there is no file {path}")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    structures = iter(ase.io.iread(path, index=":"))
-    count = 0
+    structures = _readable(path)
+    while window := list(islice(structures, WINDOW)):
+        yield window
+
+
+def _readable(path: Path) -> Iterator[Atoms]:
+    structures, count = ase.io.iread(path, index=":"), 0
     while True:
         try:
-            window = list(islice(structures, WINDOW))
+            atoms = next(structures)
+        except StopIteration:
+            return
         except Exception as error:  # ASE's readers raise whatever their parsing raises; here is a border to the user
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            reason = next(iter(str(error).strip().splitlines()), "no reason given")
             raise DataError(
-                f"ASE cannot read {path} behind structure {count} ({type(error).__name__}: {reason}); "
+                f"ASE cannot read structure {count} of {path} ({type(error).__name__}: {reason}); "
                 "expected a file of structures such as extended XYZ"
             ) from None
-        if not window:
-            return
-        yield window
-        count += len(window)
+        yield atoms
+        count += 1

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SPREAD_EDGES = np.concatenate([[0.0], np.logspace(-8, 4, 289), [np.inf]])
-"""Bins of the spread (eV or eV/Å), 24 a decade: fine enough to be joined into quantiles after the reduction."""
+SPREAD_EDGES = np.concatenate([[0.0], np.logspace(-8, 4, 1153), [np.inf]])
+"""Bins of the spread (eV or eV/Å), 96 a decade: fine enough to be joined into quantiles after the reduction."""
 SPREAD_COLUMNS = ("count", "spread", "error", "spread2", "error2", "product", "within1", "within2")
 """Sums over a bin: 1, σ, |e|, σ², e², σ|e|, [|e| <= σ], [|e| <= 2σ]."""
 
