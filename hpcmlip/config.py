@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from hpcmlip import plugins
 from hpcmlip.errors import ConfigError
+from hpcmlip.explain import explain
 from hpcmlip.units import ENERGY_UNITS
 
 
@@ -167,6 +168,11 @@ class RunConfig(Section):
                 f"loss.weights names the level '{unknown[0]}', which data.levels does not train"
                 + plugins.suggest(unknown[0], self.data.levels)
             )
+        weights = [(self.weights(level), labels) for level, labels in self.data.levels.items()]
+        if not any(weight.energy or (weight.forces and labels == "EF") for weight, labels in weights):
+            raise ValueError("every weight in loss.weights is 0: nothing would be trained")
+        if self.optim.schedule.min_lr >= self.optim.lr:
+            raise ValueError(f"optim.schedule.min_lr is {self.optim.schedule.min_lr:g}, not below optim.lr")
         return self
 
     def weights(self, level: str) -> LevelWeights:
@@ -181,7 +187,8 @@ class _Loader(yaml.SafeLoader):
     """YAML with 1e-3 a number (as in YAML 1.2) and a repeated key an error."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise ConfigError(f"line {node.start_mark.line + 1}: the key '{key}' stands there twice")
@@ -270,23 +277,6 @@ def _validate(cls: type[ConfigT], values: dict, prefix: str = "") -> ConfigT:
         # JSON mode: strict about scalars, yet a YAML list may fill a tuple and a string a path
         return cls.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(cls, item, prefix) for item in error.errors()[:5])) from None
-
-
-def _explain(cls, item: dict, prefix: str) -> str:
-    where = prefix + ".".join(
-        str(part) for part in item["loc"] if not str(part).startswith(("function-", "LevelSource", "tuple["))
-    )
-    where = where.rstrip(".")
-    if item["type"] == "extra_forbidden":
-        owner = cls
-        for part in item["loc"][:-1]:
-            field = getattr(owner, "model_fields", {}).get(part)
-            owner = getattr(field, "annotation", None)
-        known = getattr(owner, "model_fields", None)
-        return f"unknown key '{where}'" + (plugins.suggest(item["loc"][-1], known) if known else "")
-    if item["type"] == "missing":
-        return f"the key '{where}' is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
-    return f"{where}: {message}{got}" if where else message
+        raise ConfigError(explain(cls, error.errors(), prefix)) from None
+    except (TypeError, ValueError) as error:  # a date as a key, an anchor that holds itself
+        raise ConfigError(f"holds what no config can hold: {error}") from None
