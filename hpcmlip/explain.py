@@ -70,7 +70,7 @@ def _clause(cls: type, key: tuple, errors: Sequence[dict], prefix: str) -> str:
 
 
 def _fields(annotation: Any, key: Sequence) -> list[str]:
-    """Keys of the section that `key` leads to, from a config class or the type of a field; empty if it leads to none."""
+    """Keys of the section that `key` leads to, from a config class or the type of a field; empty for none."""
     fields = getattr(annotation, "model_fields", None)
     if fields is not None:
         if not key:
