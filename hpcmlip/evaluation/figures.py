@@ -52,6 +52,13 @@ def level_figures(sums: np.ndarray, levels: Sequence[str], unit: str) -> dict:
     }
 
 
+def estimates(sums: np.ndarray, unit: str) -> dict:
+    """[P, 3] -> means over members and half-widths of their interval: {"mae", "rmse", "ci95_mae", "ci95_rmse"}."""
+    members = [_errors(own, unit) for own in sums]
+    means = {key: float(np.mean([m[key] for m in members])) for key in ("mae", "rmse")}
+    return means | {f"ci95_{key}": interval([m[key] for m in members]) for key in ("mae", "rmse")}
+
+
 def over_members(members: Sequence[dict]) -> dict:
     """Means over members and half-widths of the interval, in the shape of `level_figures`."""
     first = members[0]

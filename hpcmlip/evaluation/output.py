@@ -12,7 +12,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-from hpcmlip.evaluation import plots, predictions, report, table
+from hpcmlip.evaluation import conformers, plots, predictions, report, table
 from hpcmlip.evaluation.figures import CONFIDENCE
 from hpcmlip.evaluation.members import Found, Member
 from hpcmlip.evaluation.task import Task
@@ -44,6 +44,8 @@ def write(task: Task, found: Found, figures: dict, *, unit: str, partial: Path) 
     }
     predictions.merge(partial / "spill", partial / PREDICTIONS, shapes, attributes)
     shutil.rmtree(partial / "spill")
+    pairs = conformers.sums(partial / PREDICTIONS, task.dataset.stores[0], task.split, len(task.levels))
+    content["conformers"] = conformers.figures(pairs, task.levels, unit)
     runs = [m.path if m.path.is_dir() else m.path.parent for m in task.ensemble.members]
     images = plots.draw(partial / PREDICTIONS, content, runs, partial / PLOTS)
     (partial / REPORT).write_text(report.render(content, images), encoding="utf-8")

@@ -16,8 +16,8 @@ LOG_WIDTH = 100
 
 
 def rows(content: dict) -> list[tuple[str, ...]]:
-    """Rows of strings under `HEADER`, one a level and property that has labels."""
-    return [
+    """Rows of strings under `HEADER`, one a level and property that has labels, then the conformer energies."""
+    found = [
         (
             level,
             prop,
@@ -31,6 +31,11 @@ def rows(content: dict) -> list[tuple[str, ...]]:
         for level, props in content["levels"].items()
         for prop, values in props.items()
     ]
+    for level, values in content["conformers"].items():
+        mean = [estimate(values[key], values[f"ci95_{key}"]) for key in ("mae", "rmse")]
+        others = [number(values[f"{name}_rmse"]) for name in ("ensemble", "baseline")]
+        found.append((level, "ΔE", "", *mean, *others, f"{values['count']:,}"))
+    return found
 
 
 def number(value: float) -> str:
@@ -58,6 +63,7 @@ def caption(content: dict) -> str:
         f"Split '{split['name']}' of {content['store']['name']}: {content['num_structures']:,} structures, split by "
         f"{split.get('by', '?')}. Energies in {unit}, forces in {unit_of('forces', unit)}. MAE, RMSE: {what}; "
         "ensemble: RMSE of the members' mean prediction; baseline: RMSE of composition alone and zero forces."
+        + (" ΔE: differences between conformers within 100 kcal/mol." if content["conformers"] else "")
     )
 
 

@@ -88,6 +88,31 @@ def test_errors_by_size_add_up_to_the_whole(metrics):
             assert math.sqrt(square / count) == pytest.approx(whole["rmse"], rel=1e-9)
 
 
+@pytest.mark.parametrize("level", ["dz", "cc"])
+def test_conformer_differences_are_those_of_all_pairs(level, metrics, evaluated, ab_initio_store):
+    """Against a loop over pairs, as spec §9.3 defines them."""
+    column, store, errors = ["dz", "cc"].index(level), open_store(ab_initio_store), []
+    for n, rows in all_rows(evaluated).items():
+        (meta,) = [g for g in store.meta.groups if g.num_atoms == n]
+        keys = store.read(meta, "source", 0, meta.rows).tolist()
+        molecules = dict(zip(map(tuple, keys), store.read(meta, "molecule", 0, meta.rows).tolist(), strict=True))
+        own = np.array([molecules[tuple(source)] for source in rows["source"].tolist()])
+        label, said = rows["energy_label"][:, column], rows["energy_members"][:, :, column]
+        for i in range(len(own)):
+            for j in range(i + 1, len(own)):
+                lowest = label[own == own[i]].min()
+                if own[i] == own[j] and max(label[i], label[j]) <= lowest + 100 * KCAL_PER_MOL:
+                    errors.append((said[i] - said[j]) - (label[i] - label[j]))
+    errors = np.array(errors) / KCAL_PER_MOL
+    found = metrics["conformers"][level]
+    assert found["count"] == len(errors) > 50
+    assert found["mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-9)
+    rmses = np.sqrt((errors**2).mean(0))
+    assert found["rmse"] == pytest.approx(rmses.mean(), rel=1e-9)
+    assert found["ci95_rmse"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(rmses), rel=1e-9)
+    assert found["ensemble_rmse"] == pytest.approx(np.sqrt((errors.mean(1) ** 2).mean()), rel=1e-9)
+
+
 def test_a_level_without_force_labels_has_no_force_row(metrics):
     assert set(metrics["levels"]["dz"]) == {"energy", "forces"}
     assert set(metrics["levels"]["cc"]) == {"energy"}
