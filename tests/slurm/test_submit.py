@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -72,7 +70,7 @@ def reference(xtb_store, cli, tmp_path_factory) -> Path:
 
 
 def test_ensemble_and_evaluation_need_no_hand(queue, cli, xtb_store, reference, tmp_path):
-    folder = tmp_path / "it's a \"run\" $HOME [1]"
+    folder = tmp_path / 'it\'s a "run" $HOME [1]'
     run, site = _run_yaml(folder, xtb_store), _yaml(folder / "site.yaml", TWO_NODES)
     experiment = folder / "an experiment"
     arguments = ["submit", run, "--members", 2, "--evaluate", xtb_store, "--site", site, "--run-dir", experiment]
@@ -96,3 +94,83 @@ def test_ensemble_and_evaluation_need_no_hand(queue, cli, xtb_store, reference, 
     assert not queue.jobs()
     refused = cli("submit", run, "optim.lr=0.1", *arguments[2:], env=queue.env, expect=2)
     assert "optim.lr" in refused.stderr
+
+
+def test_a_broken_member_leaves_the_others_alone(queue, cli, xtb_store, reference, tmp_path):
+    run, site = _run_yaml(tmp_path, xtb_store), _yaml(tmp_path / "site.yaml", TWO_NODES)
+    experiment = tmp_path / "experiment"
+    arguments = ["submit", run, "--members", 2, "--evaluate", xtb_store, "--site", site, "--run-dir", experiment]
+    cli(*arguments, "--dry-run", env=queue.env)
+    assert not queue.jobs() and not (experiment / "jobs.json").exists()
+    # member 0 finds a run of another config in its place
+    foreign = experiment / "member_00" / "config.yaml"
+    foreign.write_text((experiment / "configs" / "member_01.yaml").read_text())
+    cli(*arguments, env=queue.env)
+    busy = cli(*arguments, env=queue.env, expect=1)
+    assert "still in the queue" in busy.stderr
+    output = _finish(queue, experiment)
+    assert "belongs to a run with another config (train.seed" in output
+    assert "failed with exit code" in (experiment / "slurm" / "member_00.jobs").read_text()
+    assert _weights(experiment, 1) == _weights(reference, 1), output
+    metrics = json.loads((experiment / "evaluation" / "metrics.json").read_text())
+    assert len(metrics["members"]) == 1
+    assert [Path(item["run"]).name for item in metrics["left_out"]] == ["member_00"]
+    # mended, and submitted again from inside a job that has a size of its own: only what is missing runs
+    foreign.unlink()
+    job = ["srun", "--nodes=1", "--ntasks=1", "--cpus-per-task=3", sys.executable, "-m", "hpcmlip"]
+    said = queue.run(*job, *map(str, arguments), timeout=120)
+    assert "members 0; 1 have finished already" in said
+    output = _finish(queue, experiment)
+    assert [_weights(experiment, i) for i in range(2)] == [_weights(reference, i) for i in range(2)], output
+    assert len(json.loads((experiment / "evaluation" / "metrics.json").read_text())["members"]) == 2
+    jobs = json.loads((experiment / "jobs.json").read_text())["jobs"]
+    assert [job["members"] for job in jobs if job["kind"] == "train"] == [[0, 1], [0]]
+
+
+def test_warned_training_saves_queues_again_and_ends_with_the_same_weights(queue, cli, xtb_store, tmp_path):
+    run = _run_yaml(tmp_path, xtb_store, epochs=12, log_seconds=0.05)
+    site, experiment = _yaml(tmp_path / "site.yaml", TWO_NODES), tmp_path / "experiment"
+    cli("submit", run, "--site", site, "--run-dir", experiment, env=queue.env)
+    array = json.loads((experiment / "jobs.json").read_text())["jobs"][0]["id"]
+    metrics = experiment / "member_00" / "metrics.jsonl"
+    _wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 120, lambda: _output(experiment))
+    queue.run("scancel", "--batch", "--signal=USR2", array)
+    output = _finish(queue, experiment)
+    history = (experiment / "slurm" / "member_00.jobs").read_text()
+    assert [line.split()[2] for line in history.splitlines()] == ["started", "requeued", "started", "finished"], output
+    assert {line.split()[1] for line in history.splitlines()} == {f"{array}_0"}
+    assert "going on from" in output
+    # each step stands once in the record, and the weights are those of a run that nobody disturbed
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(1, len(steps) + 1))
+    cli("submit", run, "--local", "--ranks", 2, "--run-dir", tmp_path / "undisturbed")
+    assert _weights(experiment, 0) == _weights(tmp_path / "undisturbed", 0)
+
+
+def test_a_warning_before_the_first_step_does_not_queue_again(queue, cli, xtb_store, tmp_path):
+    run, experiment = _run_yaml(tmp_path, xtb_store), tmp_path / "experiment"
+    cli("submit", run, "--site", _yaml(tmp_path / "site.yaml", TWO_NODES), "--run-dir", experiment, env=queue.env)
+    array = json.loads((experiment / "jobs.json").read_text())["jobs"][0]["id"]
+    history = experiment / "slurm" / "member_00.jobs"
+    _wait_until(history.exists, 60, lambda: str(queue.jobs()))
+    time.sleep(0.5)
+    queue.run("scancel", "--batch", "--signal=USR2", array)
+    output = _finish(queue, experiment)
+    assert "no step was made since the last start" in history.read_text(), output
+    assert "requeued" not in history.read_text()
+    assert not (experiment / "member_00" / "done.json").exists()
+
+
+@pytest.mark.parametrize("launch", ["directly", "by srun without its variables"])
+def test_tasks_that_each_believe_to_be_the_whole_run_are_refused(queue, xtb_store, tmp_path, launch):
+    run = _run_yaml(tmp_path, xtb_store)
+    train = f"{sys.executable} -m hpcmlip train {run} --run-dir {tmp_path / 'run'}"
+    hide = "srun --ntasks=4 env -u SLURM_PROCID -u SLURM_LOCALID -u SLURM_STEP_ID -u SLURM_STEPID "
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/bash\n{hide if launch != 'directly' else ''}{train}\n")
+    with pytest.raises(RuntimeError, match="exit 1"):  # --wait ends with the job's own exit code
+        queue.run("sbatch", "--wait", "--nodes=2", "--ntasks=4", "--output=out.txt", str(script), cwd=tmp_path)
+    said = (tmp_path / "out.txt").read_text()
+    assert re.search("4 tasks or nodes, but this process was not started by srun", said), said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
