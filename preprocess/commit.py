@@ -8,12 +8,14 @@ import logging
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numcodecs
 import numpy as np
 import zarr
+from zarr.errors import ZarrUserWarning
 
 import hpcmlip
 from hpcmlip.data import offsets, store
@@ -130,11 +132,14 @@ def commit(job: Job, scanned: Scanned, groups: tuple[GroupMeta, ...], tasks: lis
     molecules = np.array([key.encode() for key in scanned.molecules])
     width = molecules.dtype.itemsize
     arrays.create_molecules(job.store, molecules.view(np.uint8).reshape(-1, width))
-    write_whole(job.store / QUARANTINE, _csv(bad))
     meta = _meta(job, scanned, groups, parts)
     root = zarr.open_group(job.store, mode="r+")
     root.attrs.put({"hpcmlip": meta.as_json(), IDENTITY: job.identity()})
-    zarr.consolidate_metadata(job.store)
+    with warnings.catch_warnings():
+        # consolidated metadata is no part of the v3 specification yet; zarr itself reads it
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        zarr.consolidate_metadata(job.store)
+    write_whole(job.store / QUARANTINE, _csv(bad))
     found = dict(sorted((files | _other_files(job, files)).items()))
     manifest = {"digest": store.manifest_digest(found), "files": found}
     write_whole(job.store / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

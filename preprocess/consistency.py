@@ -69,20 +69,20 @@ def _work(rows: Rows, near: np.ndarray, energy: np.ndarray, forces: np.ndarray) 
 
 
 def check(job: Job, sums: np.ndarray) -> None:
-    """Raises DataError for forces that are gradients or energies in another unit; warns about forces of another size."""
+    """Raises DataError for gradients and for energies in another unit; warns about forces in another unit."""
     for level, (count, binding, pairs, ab, aa, bb) in zip(job.levels, sums.tolist(), strict=True):
         if count and abs(binding / count) > LARGEST_BINDING:
             raise DataError(
                 f"the energies of level '{level.name}' are on average {binding / count:.0f} eV an atom away from "
-                "the isolated atoms: they are probably not in Ha, or atomic_energies belongs to another level of theory"
+                "the isolated atoms: probably not in Ha, or atomic_energies belongs to another level of theory"
             )
         if pairs < ENOUGH_PAIRS or not aa * bb:
             continue
         cosine, slope = ab / (aa * bb) ** 0.5, ab / bb
         if cosine < -0.5:
             raise DataError(
-                f"the forces of level '{level.name}' point uphill (correlation of F·ΔR with -ΔE is "
-                f"{cosine:.2f} over {pairs:.0f} pairs of conformations): the file probably stores gradients, take a reader that turns the sign"
+                f"the forces of level '{level.name}' point uphill (F·ΔR against -ΔE over {pairs:.0f} pairs of "
+                f"conformations: correlation {cosine:.2f}): probably gradients, take a reader that turns the sign"
             )
         if cosine > 0.9 and not 0.7 < slope < 1.4:
             log.warning("level '%s': -ΔE is %.2f times F·ΔR; check the units of the forces", level.name, slope)

@@ -36,10 +36,12 @@ def shard(config: DataConfig, *, scheduler: str = "processes", workers: int | No
     began = time.monotonic()
     with schedule.executor(scheduler, workers) as execute:
         if execute is not None:
-            _shard(make(config), execute, began)
+            build(make(config), execute, began)
 
 
-def _shard(job: Job, execute: schedule.Execute, began: float) -> None:
+def build(job: Job, execute: schedule.Execute, began: float | None = None) -> None:
+    """Build the store of a job with the given executor; see `shard`. `began`: when the user started to wait."""
+    began = time.monotonic() if began is None else began
     out, console = job.config.out, Console(stderr=True)
     if commit.finished(job):
         console.print(f"{out} is complete, nothing to do", highlight=False, soft_wrap=True)

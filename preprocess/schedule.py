@@ -6,7 +6,7 @@ Tasks leave files; only receipts come back.
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from hpcmlip.errors import ConfigError, RunError, UserError
@@ -69,6 +69,28 @@ def _result(value):
 
 @contextmanager
 def _processes(workers: int | None) -> Iterator[Execute]:
+    with ExitStack() as stack:
+        yield _started_by_need(stack, lambda tasks: _local_client(workers or min(_cores(), max(len(tasks), 1))))
+
+
+def _started_by_need(stack: ExitStack, open_client: Callable) -> Execute:
+    """Starts the workers with the first tasks: a wrong config is told at once."""
+    started: list[Execute] = []
+
+    def execute(function: Callable, tasks: Sequence, done: Done) -> None:
+        if not started:
+            started.append(_on_client(stack.enter_context(open_client(tasks))))
+        started[0](function, tasks, done)
+
+    return execute
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _local_client(workers: int) -> Iterator:
     import dask
     from distributed import Client, LocalCluster
 
@@ -82,7 +104,7 @@ def _processes(workers: int | None) -> Iterator[Execute]:
     with (
         dask.config.set(quiet),
         LocalCluster(
-            n_workers=workers or len(os.sched_getaffinity(0)),
+            n_workers=workers,
             threads_per_worker=1,
             processes=True,
             dashboard_address=None,
@@ -90,7 +112,7 @@ def _processes(workers: int | None) -> Iterator[Execute]:
         ) as cluster,
         Client(cluster) as client,
     ):
-        yield _on_client(client)
+        yield client
 
 
 def _on_client(client) -> Execute:
@@ -162,14 +184,20 @@ def _on_pool(pool) -> Execute:
 
 @contextmanager
 def _slurm(workers: int | None) -> Iterator[Execute]:
+    with ExitStack() as stack:
+        yield _started_by_need(stack, lambda tasks: _slurm_client(workers or 4))
+
+
+@contextmanager
+def _slurm_client(workers: int) -> Iterator:
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
         raise ConfigError("--scheduler slurm needs dask-jobqueue: pip install 'hpcmlip[slurm]'") from None
     from distributed import Client
 
-    # account, partition, walltime, memory: the user's ~/.config/dask/jobqueue.yaml
+    # account, partition, walltime: the user's own dask configuration (jobqueue.slurm), which dask-jobqueue reads
     with SLURMCluster(cores=1, processes=1, memory="4GB") as cluster, Client(cluster) as client:
-        cluster.scale(jobs=workers or 4)
+        cluster.scale(jobs=workers)
         client.wait_for_workers(1)
-        yield _on_client(client)
+        yield client
