@@ -68,6 +68,11 @@ def detect(env: Mapping[str, str] | None = None) -> World:
     return World()
 
 
+def job() -> str | None:
+    """Number of the Slurm job around this process, for messages; None outside of one."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
 def _torchrun(env: Mapping[str, str]) -> World | None:
     if not all(name in env for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None

@@ -1,4 +1,4 @@
-"""Wrong configs through the real command line: exit code 2, one sentence that names the key. Right ones: round trips."""
+"""Wrong configs through the real command line: exit code 2, a sentence that names the key. Right ones: round trips."""
 
 import sys
 from pathlib import Path

@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+from hpcmlip import dist
 from hpcmlip.config import RunConfig, dump, read_yaml
 from hpcmlip.errors import ConfigError, RunError
 
@@ -59,7 +60,7 @@ class RunDirectory:
         self._lock.close()
 
     def _claim(self) -> None:
-        job = os.environ.get("SLURM_JOB_ID")
+        job = dist.job()
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))
         self._lock.flush()
