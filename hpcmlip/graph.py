@@ -64,7 +64,8 @@ class Graph(ABC):
     def softmax(self, e: Tensor) -> Tensor:
         """[A, K, ...] -> [A, K, ...]: softmax over real neighbours; all 0 for an atom without any."""
         mask = self.mask.reshape(self.mask.shape + (1,) * (e.dim() - 2))
-        top = e.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True).clamp(min=torch.finfo(e.dtype).min)
+        # a common shift cancels in the quotient: no derivative needed
+        top = e.detach().masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True).clamp(min=torch.finfo(e.dtype).min)
         weight = torch.where(mask, torch.exp(torch.where(mask, e - top, 0)), 0)
         return weight / weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)
 
