@@ -87,7 +87,8 @@ def std(members: np.ndarray) -> np.ndarray:
 def _by_level(forces: np.ndarray) -> np.ndarray:
     """[..., B, N, Lf, 3] -> [..., B·N·3, Lf]."""
     planes = np.moveaxis(forces, -2, -1)
-    return planes.reshape(*forces.shape[:-4], -1, forces.shape[-2])
+    # the product in full: -1 has no meaning where no level has forces
+    return planes.reshape(*planes.shape[:-4], planes.shape[-4] * planes.shape[-3] * planes.shape[-2], planes.shape[-1])
 
 
 def _sums(error: np.ndarray) -> np.ndarray:
