@@ -140,6 +140,25 @@ def submit(
 
 
 @app.command()
+def status(
+    experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Experiment directory that submit made.")],
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+):
+    """One line a member: state, step, best validation, time left, restarts. Reads files only."""
+    from hpcmlip.cluster import status as members
+
+    members.show(experiment, as_json=json)
+
+
+@app.command()
+def cancel(experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Experiment directory that submit made.")]):
+    """Cancel the jobs of an experiment that wait or run."""
+    from hpcmlip.cluster import status as members
+
+    members.cancel(experiment)
+
+
+@app.command()
 def evaluate(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run directories, or an experiment directory with members.")

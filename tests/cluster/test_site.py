@@ -32,8 +32,8 @@ def test_site_survives_dump(tmp_path):
     ("text", "said"),
     [
         ("partitoin: long", "unknown key 'partitoin' (did you mean 'partition'?"),
-        ("nodes: 0", "nodes: Input should be greater than or equal to 1"),
-        ("nodes: two", "nodes: Input should be a valid integer"),
+        ("nodes: 0", "site.yaml: nodes: "),
+        ("nodes: two", "got 'two'"),
         ("time: 24:00:00", "write the time in quotes"),
         ('time: "tomorrow"', "time: String should match"),
         ("mem: 64 GB", "mem: String should match"),
@@ -41,7 +41,7 @@ def test_site_survives_dump(tmp_path):
         ("{tasks_per_node: 4, gpus_per_node: 2}", "one process uses one GPU"),
         ("sbatch_options: [exclusive]", "sbatch_options.0: String should match"),
         ("evaluate: {walltime: '1:00'}", "unknown key 'evaluate.walltime'"),
-        ("setup: source /venv/bin/activate", "setup: Input should be a valid"),
+        ("setup: source /venv/bin/activate", "got 'source /venv/bin/activate'"),
     ],
 )
 def test_a_mistake_is_named(tmp_path, text, said):

@@ -1,0 +1,161 @@
+"""`hpcmlip submit` up to the queue: what it writes, what it refuses before that, and what it would submit."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from hpcmlip.cluster import experiment as experiments
+from hpcmlip.cluster.submission import submit
+from hpcmlip.config import RunConfig, from_values, load
+from hpcmlip.errors import ConfigError, DataError, RunError
+
+
+@pytest.fixture
+def config(xtb_store) -> RunConfig:
+    values = {
+        "name": "tiny",
+        "data": {"stores": [str(xtb_store)], "levels": {"gfn1": "EF", "gfn2": "E"}},
+        "model": {"kind": "hipnn", "lmax": 0, "features": 4, "interactions": 1, "cutoff": 6.5},
+        "train": {"epochs": 2, "micro_batches_per_step": 4, "seed": 11},
+    }
+    return from_values(RunConfig, values, xtb_store.parent, where="test")
+
+
+def _submit(config: RunConfig, folder: Path, **arguments) -> int:
+    defaults = {
+        "members": 3,
+        "evaluate": None,
+        "split": "test",
+        "site": None,
+        "local": False,
+        "ranks": 1,
+        "dry_run": True,
+    }
+    return submit(config, folder, **(defaults | arguments))
+
+
+def _changed(config: RunConfig, **train) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+def test_members_differ_in_their_seed_alone(config, tmp_path):
+    assert _submit(config, tmp_path / "e") == 0
+    for member in range(3):
+        written = load(RunConfig, tmp_path / "e" / "configs" / f"member_{member:02d}.yaml")
+        assert written == _changed(config, seed=11 + member)
+        assert (tmp_path / "e" / f"member_{member:02d}").is_dir()
+    assert load(RunConfig, tmp_path / "e" / "run.yaml") == config
+    record = json.loads((tmp_path / "e" / "experiment.json").read_text())
+    assert record["seeds"] == [11, 12, 13] and record["members"] == 3 and record["evaluate"] is None
+
+
+def test_dry_run_says_what_would_be_submitted(config, xtb_store, tmp_path, capsys):
+    folder = tmp_path / "it's an experiment"
+    _submit(config, folder, evaluate=xtb_store)
+    said = capsys.readouterr().out
+    assert "&& sbatch --parsable slurm/train.sbatch" in said
+    assert "&& sbatch --parsable '--dependency=afterany:<train>' slurm/evaluate.sbatch" in said
+    assert "--array=0-2%8" in (folder / "slurm" / "train.sbatch").read_text()
+    assert not (folder / "jobs.json").exists()
+    assert (folder / "site.yaml").read_text().startswith("# What `hpcmlip submit` tells Slurm")
+
+
+def test_only_what_has_not_finished_is_submitted(config, xtb_store, tmp_path, capsys):
+    folder = tmp_path / "e"
+    _submit(config, folder, evaluate=xtb_store)
+    for member in (0, 2):
+        _pretend_finished(folder / f"member_{member:02d}")
+    _submit(config, folder, members=5)
+    assert "--array=1,3-4%8" in (folder / "slurm" / "train.sbatch").read_text()
+    assert "members 1,3-4; 2 have finished already" in capsys.readouterr().out
+    # the evaluation asked for at first still counts
+    assert experiments.open_experiment(folder).evaluation.store == xtb_store
+    # weights that are not those a run ended with do not count as finished
+    (folder / "member_00" / "model.safetensors").write_bytes(b"other")
+    assert experiments.open_experiment(folder).unfinished() == [0, 1, 3, 4]
+
+
+def test_site_of_the_experiment_is_used_again(config, tmp_path):
+    site = tmp_path / "my.yaml"
+    site.write_text("{nodes: 2, tasks_per_node: 2, partition: long}")
+    _submit(config, tmp_path / "e", site=site)
+    site.unlink()
+    _submit(config, tmp_path / "e")
+    assert "#SBATCH --partition=long" in (tmp_path / "e" / "slurm" / "train.sbatch").read_text()
+
+
+def test_another_config_or_fewer_members_are_refused(config, tmp_path):
+    _submit(config, tmp_path / "e")
+    before = _contents(tmp_path / "e")
+    with pytest.raises(ConfigError, match=r"another config \(train\.epochs: 2 -> 9\)"):
+        _submit(_changed(config, epochs=9), tmp_path / "e")
+    with pytest.raises(ConfigError, match="experiment of 3 members, asked for are 2"):
+        _submit(config, tmp_path / "e", members=2)
+    assert _contents(tmp_path / "e") == before
+
+
+def test_a_folder_that_holds_something_else_is_refused(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: x")
+    with pytest.raises(ConfigError, match="holds a single run, no experiment"):
+        _submit(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds something else"):
+        _submit(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        ({"site": "nodes: 3"}, (ConfigError, r"3 x 2 = 6 processes a member, which does not divide")),
+        ({"local": True, "ranks": 3}, (ConfigError, r"--ranks 3 does not divide train.micro_batches_per_step = 4")),
+        ({"evaluate": Path("absent.zarr")}, (DataError, "absent.zarr")),
+        ({"split": "tset"}, (ConfigError, "no split 'tset'.*did you mean 'test'")),
+        ({"site": "walltime: 3"}, (ConfigError, "unknown key 'walltime'")),
+    ],
+)
+def test_what_would_fail_in_the_queue_is_refused_before_it(config, xtb_store, tmp_path, arguments, refusal):
+    if isinstance(arguments.get("site"), str):
+        (tmp_path / "site.yaml").write_text(arguments["site"])
+        arguments = arguments | {"site": tmp_path / "site.yaml"}
+    with pytest.raises(refusal[0], match=refusal[1]):
+        _submit(config, tmp_path / "e", **({"evaluate": xtb_store} | arguments))
+    assert not (tmp_path / "e").exists()
+
+
+def test_unknown_level_and_absent_store_are_refused_before_the_queue(config, tmp_path):
+    for update, error in (({"levels": {"ccsd": "E"}}, ConfigError), ({"stores": (tmp_path / "no.zarr",)}, DataError)):
+        wrong = config.model_copy(update={"data": config.data.model_copy(update=update)})
+        with pytest.raises(error):
+            _submit(wrong, tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+def test_without_slurm_the_way_out_is_named(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunError, match=r"no sbatch on this machine.*--local"):
+        _submit(config, tmp_path / "e", dry_run=False)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [("", "cannot be read"), ("[]", "no schema number"), ('{"schema": 99}', "upgrade hpcmlip")],
+)
+def test_damaged_record_is_named(config, tmp_path, record, said):
+    _submit(config, tmp_path / "e")
+    (tmp_path / "e" / "experiment.json").write_text(record)
+    with pytest.raises(RunError, match=said):
+        _submit(config, tmp_path / "e")
+
+
+def _pretend_finished(run_dir: Path) -> None:
+    weights = run_dir / "model.safetensors"
+    weights.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    (run_dir / "done.json").write_text(json.dumps({"state": "finished", "weights_sha256": digest}))
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    return {str(p): p.read_text() for p in folder.rglob("*") if p.is_file()}
