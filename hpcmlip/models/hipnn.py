@@ -111,7 +111,8 @@ class Interaction(nn.Module):
         self.sigma = nn.Parameter(sigma.float())  # [V] Å
         std = math.sqrt(2.0 / (num_in * (F + V)))  # Glorot's rule on the three-dimensional tensor, as hippynn has it
         self.weight = nn.Parameter(torch.empty(V, F, num_in, dtype=torch.float32).normal_(0.0, std))
-        self.scale = nn.Parameter(torch.empty(config.lmax, F, dtype=torch.float32).normal_())  # t1, t2
+        # t1 and t2 [F]: a list, for an empty parameter (lmax 0) is what sharded optimizers trip over
+        self.scales = nn.ParameterList(torch.empty(F, dtype=torch.float32).normal_() for _ in range(config.lmax))
         self.own = _dense(F, num_in)
         self.cusp = config.cusp
 
@@ -123,7 +124,7 @@ class Interaction(nn.Module):
         filtered = graph.swap(torch.bmm(radial, sent))  # [A, K, F]
         moments = graph.contract(angular, filtered)  # [A, M, F]
         out = self.own(z) + moments[:, 0]
-        for order, scale in enumerate(self.scale, start=1):
+        for order, scale in enumerate(self.scales, start=1):
             part = moments[:, order * order : (order + 1) ** 2]
             out = out + scale * torch.sqrt((part * part).sum(dim=1) + self.cusp)
         return out

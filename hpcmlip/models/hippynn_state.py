@@ -44,9 +44,9 @@ def _copy_layer(layer: nn.Module, rest: dict[str, Any], prefix: str) -> None:
     _copy(base.mu, rest, inner + "sensitivity.mu")
     _copy(base.sigma, rest, inner + "sensitivity.sigma")
     _copy_linear(base.own, rest, inner + "selfint.")
-    for row, name in zip(base.scale, ("vecscales", "quadscales"), strict=False):
+    for row, name in zip(base.scales, ("vecscales", "quadscales"), strict=False):
         _copy(row, rest, inner + name)
-    if len(base.scale):
+    if len(base.scales):
         base.cusp = float(rest.pop(inner + "_extra_state", {"cusp_reg": base.cusp})["cusp_reg"])
 
 
