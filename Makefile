@@ -11,10 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 HPCMLIP := $(BIN)/python -m hpcmlip
 
-# DeepSpeed compiles a small op at its first start. A build of its own for this environment, made once before any
-# ranks start: two environments that share one, or a build that is killed half-way, make later starts fail or hang.
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
-# ninja, mpirun and torchrun come as wheels
+# mpirun and torchrun come as wheels
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SHELL := /bin/bash
@@ -31,18 +28,9 @@ help: ## this list
 # --------------------------------------------------------------------------------------------------- environment
 
 $(VENV)/created:
-	@case "$(CURDIR)" in *" "*)
-	  echo "make: PyTorch's compiler line breaks on the space in '$(CURDIR)': move this folder to a path without spaces"
-	  exit 1
-	esac
-	command -v $(PYTHON) > /dev/null || { echo "make: there is no '$(PYTHON)'; name a Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v $(PYTHON) > /dev/null || { echo "make: there is no '$(PYTHON)'; name a Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
 	  echo "make: hpcmlip needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) -V); name another: make PYTHON=/path/to/python3.11"
-	  exit 1
-	}
-	command -v g++ > /dev/null || { echo "make: DeepSpeed compiles a small op and needs a C++ compiler, but there is no g++ (Debian, Ubuntu: apt install g++)"; exit 1; }
-	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || {
-	  echo "make: DeepSpeed compiles a small op and needs the headers of $(PYTHON), but there is no Python.h (Debian, Ubuntu: apt install python3-dev)"
 	  exit 1
 	}
 	$(PYTHON) -m venv --clear $(VENV) || { echo "make: $(PYTHON) cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
@@ -56,18 +44,13 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/ready: $(VENV)/installed
-	@echo "make: compiling DeepSpeed's CPU op (once)"
-	$(BIN)/python -m hpcmlip.training.engine
-	touch $@
-
-$(VENV)/tested: $(VENV)/ready pyproject.toml constraints.txt
+$(VENV)/tested: $(VENV)/installed
 	@$(PIP) install --constraint constraints.txt --editable ".[test]"
 	touch $@
 
 # ---------------------------------------------------------------------------------------------------------- demo
 
-demo: $(VENV)/ready ## shard the sample, train a single- and a multi-fidelity ensemble, compare them
+demo: $(VENV)/installed ## shard the sample, train a single- and a multi-fidelity ensemble, compare them
 	@echo "make demo: 1 of 4, raw file -> store"
 	$(HPCMLIP) shard configs/data/ab_initio_small.yaml out=demo/ab_initio.zarr
 	echo "make demo: 2 of 4, ensemble of two on the CCSD(T) energies alone"

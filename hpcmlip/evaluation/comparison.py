@@ -42,7 +42,7 @@ def read(folder: Path, level: str, prop: str) -> Side:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         levels = content["levels"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"cannot read {path} ({error!r}); is {folder} a finished 'hpcmlip evaluate --out'?") from None
     if level not in levels:
         raise ConfigError(f"{path} has no level '{level}'{suggest(level, levels)}")
