@@ -61,8 +61,6 @@ class Objective(nn.Module):
                     f"isolated atoms at {level} are unknown, without which the regularizer has no meaning: give "
                     "'atomic_energies' of this level in DATA.yaml and shard again, or set the weight to 0"
                 )
-        if not bool(self._weights.any() or self._hierarchy.any()):
-            raise ConfigError("all weights in loss.weights are 0: nothing would be learned")
 
     def forward(self, blocks: Sequence[AtomsBatch]) -> Tensor:
         """[S] float64: the sums of a micro-batch, differentiable in training mode; they add over micro-batches."""

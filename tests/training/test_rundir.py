@@ -1,0 +1,113 @@
+"""One job in a run directory, one config; stop requests; what a resumed run keeps of its metrics."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from hpcmlip.errors import ConfigError, RunError
+from hpcmlip.training.average import Average
+from hpcmlip.training.reporting import truncate_metrics
+from hpcmlip.training.rundir import RunDirectory, differing
+from hpcmlip.training.stopping import StopRequests
+
+
+def test_a_second_job_is_turned_away_and_told_who_is_there(tmp_path, make_config):
+    taken = pytest.raises(RunError, match=f"in use by process {os.getpid()} on")
+    with RunDirectory(tmp_path / "run", make_config()), taken:
+        RunDirectory(tmp_path / "run", make_config()).__enter__()
+    with RunDirectory(tmp_path / "run", make_config()) as directory:
+        assert directory.finished is None
+
+
+def test_another_config_is_refused_with_the_keys(tmp_path, make_config):
+    with RunDirectory(tmp_path, make_config()):
+        pass
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.0005 -> 0.1"):
+        RunDirectory(tmp_path, make_config(optim={"lr": 0.1})).__enter__()
+    assert (tmp_path / "config.yaml").read_text() == before
+    with RunDirectory(tmp_path, make_config(engine={"device": "cpu", "zero_stage": 2})):
+        assert "zero_stage: 2" in (tmp_path / "config.yaml").read_text()
+
+
+def test_settings_that_change_a_number_may_not_differ():
+    old = {"train": {"epochs": 1, "log_seconds": 1.0}, "data": {"cache_mb": 1}, "loss": {"weights": {}}}
+    new = {"train": {"epochs": 2, "log_seconds": 2.0}, "data": {"cache_mb": 2}, "loss": {"weights": {"a": {"e": 1}}}}
+    assert differing(old, new) == ["train.epochs: 1 -> 2", "loss.weights: {} -> None", "loss.weights.a.e: None -> 1"]
+
+
+def test_an_unreadable_record_of_the_end_is_an_error(tmp_path, make_config):
+    (tmp_path / "done.json").write_text("{")
+    with RunDirectory(tmp_path, make_config()) as directory, pytest.raises(RunError, match=r"done.json"):
+        _ = directory.finished
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_sets_a_flag_and_the_handlers_are_put_back(tmp_path, number):
+    before = signal.getsignal(number)
+    with StopRequests(tmp_path) as requests:
+        assert not requests.is_requested(look_for_file=True)
+        os.kill(os.getpid(), number)
+        assert requests.is_requested(look_for_file=False) and requests.reason == number.name
+        os.kill(os.getpid(), number)  # at once again, as torchrun passes on what the terminal has sent already
+    assert signal.getsignal(number) is before
+
+
+def test_the_same_signal_later_ends_the_process(tmp_path):
+    program = f"""
+        import os, signal, time, pathlib
+        from hpcmlip.training import stopping
+        stopping._IMPATIENT_SECONDS = 0.2
+        with stopping.StopRequests(pathlib.Path({str(tmp_path)!r})):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.4)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            print("still there", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("not reached", flush=True)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.stdout == "still there\n" and done.returncode == 128 + signal.SIGTERM
+
+
+def test_a_stop_file_counts_where_it_is_looked_for(tmp_path):
+    with StopRequests(tmp_path) as requests:
+        (tmp_path / "STOP").touch()
+        assert not requests.is_requested(look_for_file=False)
+        assert requests.is_requested(look_for_file=True)
+        requests.forget_file()
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_metrics_beyond_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", "validation")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
+    truncate_metrics(path, step=2, validated_step=1)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(k["kind"], k["step"]) for k in kept] == [("train", 1), ("validation", 1), ("train", 2)]
+
+
+def test_average_follows_its_formula_and_gives_the_raw_weights_back():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    average = Average({"w": weight}, decay=0.9)
+    expected = torch.zeros(3)
+    for n in range(20):
+        weight.data = torch.full((3,), float(n))
+        average.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert torch.allclose(average.tensors["w"], expected, rtol=1e-6)
+    with average.in_place():
+        assert torch.equal(weight.data, average.tensors["w"])
+    assert torch.equal(weight.data, torch.full((3,), 19.0))
+    off = Average({"w": weight}, decay=0.0)
+    off.update()
+    with off.in_place():
+        assert torch.equal(weight.data, torch.full((3,), 19.0))
