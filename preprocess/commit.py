@@ -1,5 +1,6 @@
 """From a folder of shards to a store: lock, identity of the work, metadata, manifest, one rename."""
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -57,6 +58,13 @@ def lock(job: Job) -> Iterator[None]:
 def discard(job: Job) -> None:
     """Remove the building site."""
     shutil.rmtree(job.partial, ignore_errors=True)
+
+
+def tidy(job: Job) -> None:
+    """Remove a building site that outlived its store, unless somebody is at work there."""
+    if job.partial.exists():
+        with contextlib.suppress(RunError), lock(job):
+            discard(job)
 
 
 def finished(job: Job) -> bool:

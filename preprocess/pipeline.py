@@ -42,14 +42,17 @@ def shard(config: DataConfig, *, scheduler: str = "processes", workers: int | No
 def build(job: Job, execute: schedule.Execute, began: float | None = None) -> None:
     """Build the store of a job with the given executor; see `shard`. `began`: when the user started to wait."""
     began = time.monotonic() if began is None else began
-    out, console = job.config.out, Console(stderr=True)
+    out, console = job.config.out, Console(stderr=True, highlight=False, soft_wrap=True)
     if commit.finished(job):
-        console.print(f"{out} is complete, nothing to do", highlight=False, soft_wrap=True)
+        commit.tidy(job)
+        console.print(f"{out} is complete, nothing to do", markup=False)
         return
     groups = _list_groups(job)
     with commit.lock(job):
+        if out.exists():
+            raise RunError(f"{out} was finished by another process just now")
         if commit.prepare(job):
-            console.print(f"continuing the work in {job.partial}", highlight=False, soft_wrap=True)
+            console.print(f"continuing the work in {job.partial}", markup=False)
         scanned, num_units = _scan(job, groups, execute, console)
         metas = _write(job, scanned, execute, console)
         commit.commit(job, scanned, *metas, scan.quarantine(job, num_units))
@@ -113,7 +116,7 @@ def _judge(job: Job, scanned: scan.Scanned, num_units: int) -> None:
         )
     if not scanned.num_kept:
         raise DataError("no conformation carries a label of the levels in the config; check their keys")
-    if not scanned.split_counts()["train"]:
+    if job.config.split.fractions[0] and not scanned.split_counts()["train"]:
         raise DataError(
             "the training split is empty: too few molecules for split.by; take more data or another split.by"
         )

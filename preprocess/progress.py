@@ -26,8 +26,7 @@ class Lines:
             rate = self.done / (now - self.start)
             left = (self.total - self.done) / max(rate, 1e-9)
             self.console.print(
-                f"{self.what}: {self.done:,} of {self.total:,} structures, {rate:,.0f}/s, {left:.0f} s left",
-                highlight=False,
+                f"{self.what}: {self.done:,} of {self.total:,} structures, {rate:,.0f}/s, {left:.0f} s left"
             )
 
 
