@@ -68,7 +68,7 @@ def _molecules(store: Store, split: str, size: int, source: np.ndarray) -> np.nd
 
 
 def figures(total: np.ndarray, levels: Sequence[str], unit: str) -> dict:
-    """{level: {"mae", "rmse", "ci95_*", "ensemble_mae", ..., "baseline_rmse", "unit", "count"}} of pair sums [Q, L, 3]."""
+    """{level: {"mae", "rmse", "ci95_*", "ensemble_mae", ..., "baseline_rmse", "unit", "count"}} of sums [Q, L, 3]."""
     found = {}
     for i, level in enumerate(levels):
         if total[0, i, 0] > 0:

@@ -12,6 +12,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from hpcmlip.data.store import energy_bit, forces_bit
 from hpcmlip.evaluation import conformers, plots, predictions, report, table
 from hpcmlip.evaluation.figures import CONFIDENCE
 from hpcmlip.evaluation.members import Found, Member
@@ -80,6 +81,8 @@ def describe(task: Task, found: Found, unit: str) -> dict:
             "quarantined": meta.quarantined,
             "sources": [{"name": s.name, "size": s.size, "sha256": s.sha256} for s in meta.sources],
         },
+        "training_labels": _training_labels(task) if trained_on == [store.digest] else None,
+        "training": _training(task.ensemble.first.info["config"]),
         "trained_on": task.ensemble.first.info.get("data", []),
         "model": task.ensemble.first.info["config"]["model"],
         "left_out": list(found.left_out),
@@ -109,6 +112,35 @@ def notes(split: str, how: dict, digest: str, trained_on: list[str | None]) -> l
             "training data was not checked."
         )
     return said
+
+
+def _training_labels(task: Task) -> dict[str, dict[str, int]]:
+    """{level: {"energy", "forces"}} structures of the training split with labels that the models were trained on."""
+    meta = task.dataset.stores[0].meta
+    segments = [s for group in meta.groups for s in group.segments if s.split == "train"]
+
+    def count(bit: int) -> int:
+        return sum(s.stop - s.start for s in segments if s.labels & bit)
+
+    return {
+        level: {
+            "energy": count(energy_bit(meta.level_index(level))),
+            "forces": count(forces_bit(meta.level_index(level))) if labels == "EF" else 0,
+        }
+        for level, labels in task.ensemble.first.trained.items()
+        if level in task.levels
+    }
+
+
+def _training(config: dict) -> dict:
+    """How the models were trained, in a few settings."""
+    optim, train = config["optim"], config["train"]
+    return {
+        "loss": f"{config['loss']['kind']} in {config['loss']['unit']}",
+        "optimizer": f"{optim['kind']}, lr {optim['lr']:g}, schedule {optim['schedule']['kind']}",
+        "epochs": f"at most {train['epochs']}",
+        "micro-batches a step": f"{train['micro_batches_per_step']} of {config['data']['pairs_per_batch']} pairs",
+    }
 
 
 def _about(member: Member) -> dict:

@@ -100,11 +100,9 @@ def _parity(predictions: Path, prop: str, content: dict, folder: Path) -> Image 
 
 
 def _parity_panel(ax: Axes, p: Points, text: str) -> None:
-    _cloud(ax, p.reference, p.predicted)
-    low, high = min(p.reference.min(), p.predicted.min()), max(p.reference.max(), p.predicted.max())
-    margin = 0.04 * (high - low) or 1.0
-    ax.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
-    ax.axline((low, low), slope=1, color="0.4", lw=0.8)
+    limits = _limits(p)
+    _cloud(ax, p.reference, p.predicted, (*limits, *limits))
+    ax.axline(limits[:1] * 2, slope=1, color="0.4", lw=0.8)
     ax.set_title(p.level)
     ax.text(0.05, 0.95, text, transform=ax.transAxes, va="top", fontsize=8)
     ax.text(0.95, 0.05, f"n = {p.total:,}", transform=ax.transAxes, ha="right", fontsize=8)
@@ -112,23 +110,35 @@ def _parity_panel(ax: Axes, p: Points, text: str) -> None:
 
 def _error_panel(ax: Axes, p: Points) -> None:
     error = p.predicted - p.reference
-    _cloud(ax, p.reference, error, flat=True)
-    ax.axhline(0, color="0.4", lw=0.8)
     # a few outliers must not flatten the rest
     bound = np.quantile(np.abs(error), 0.998) * 1.4 or 1.0
-    ax.set_ylim(-bound, bound)
+    _cloud(ax, p.reference, error, (*_limits(p), -bound, bound))
+    ax.axhline(0, color="0.4", lw=0.8)
     outside = int((np.abs(error) > bound).sum())
     if outside:
         ax.text(0.98, 0.97, f"{outside} outside", transform=ax.transAxes, ha="right", va="top", fontsize=7, color="0.3")
     ax.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _cloud(ax: Axes, x: np.ndarray, y: np.ndarray, *, flat: bool = False) -> None:
+def _limits(p: Points) -> tuple[float, float]:
+    """Of both axes of a parity plot."""
+    low, high = min(p.reference.min(), p.predicted.min()), max(p.reference.max(), p.predicted.max())
+    margin = 0.04 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _cloud(ax: Axes, x: np.ndarray, y: np.ndarray, window: tuple[float, float, float, float]) -> None:
+    """Points, or where there are many their density, in the window (x low, x high, y low, y high)."""
     if len(x) > DENSE:
-        grid = (60, 18 if flat else 36)
-        ax.hexbin(x, y, gridsize=grid, bins="log", mincnt=1, cmap="viridis", linewidths=0.1, rasterized=True)
+        # the lower panel is half as high: half the cells make them equally large
+        grid = (60, 35 if window[:2] == window[2:] else 17)
+        inside = (y >= window[2]) & (y <= window[3])
+        ax.hexbin(
+            x[inside], y[inside], extent=window, gridsize=grid, bins="log", mincnt=1, cmap="viridis", linewidths=0.1
+        )
     else:
-        ax.plot(x, y, "o", ms=2.5, mew=0, alpha=0.6, color=COLORS[0], rasterized=True)
+        ax.plot(x, y, "o", ms=2.5, mew=0, alpha=0.6, color=COLORS[0])
+    ax.set(xlim=window[:2], ylim=window[2:])
 
 
 # ------------------------------------------------------------------------------- error against size and spread

@@ -11,10 +11,12 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #888; } td.n, th.n { text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid #888; } td.n, th.n { text-align: right; } td.n { white-space: nowrap; }
 figure { margin: 1.4rem 0; } img { max-width: 100%; } figcaption, .small { color: #555; font-size: .9rem; }
-.note { border-left: 4px solid #d55e00; padding: .2rem .8rem; margin: .6rem 0; background: #fdf3ec; }
+.wide { overflow-x: auto; }
+.note { border-left: 4px solid #0072b2; padding: .2rem .8rem; margin: .6rem 0; background: #eef5fa; }
+.missing { border-color: #d55e00; background: #fdf3ec; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 """
 
@@ -26,7 +28,7 @@ def render(content: dict, images: Sequence[Image]) -> str:
         f"<h1>{escape(title)}</h1>",
         f'<p class="small">{escape(table.caption(content))}</p>',
         *(f'<p class="note">{escape(note)}</p>' for note in content["notes"]),
-        *(f'<p class="note">Left out: {escape(i["run"])}: {escape(i["reason"])}</p>' for i in content["left_out"]),
+        *(f'<p class="note missing">Left out: {escape(": ".join(i.values()))}</p>' for i in content["left_out"]),
         "<h2>Errors</h2>",
         _table(table.HEADER, table.rows(content), numeric_from=table.FIRST_NUMBER),
         f"<p>{_how_to_cite(content)}</p>",
@@ -56,7 +58,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence], *, numeric_from: int
         )
 
     body = "\n".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
-    return f"<table><thead><tr>{row(header, 'th')}</tr></thead>\n<tbody>{body}</tbody></table>"
+    table_text = f"<table><thead><tr>{row(header, 'th')}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table_text}</div>'
 
 
 def _how_to_cite(content: dict) -> str:
@@ -64,8 +67,8 @@ def _how_to_cite(content: dict) -> str:
     energies = "Energies are errors of the total energy of a molecule, forces of a Cartesian component."
     if n < 2:
         return f"{energies} One member gives no interval; train several that differ in their seed."
-    first = next((v for props in content["levels"].values() for v in props.values()), None)
-    example = f"RMSE {table.estimate(first['rmse'], first['ci95_rmse'])} {first['unit']}" if first else ""
+    level, prop, values = [(name, p, v) for name, props in content["levels"].items() for p, v in props.items()][-1]
+    example = f"{level} {prop}: RMSE {table.estimate(values['rmse'], values['ci95_rmse'])} {values['unit']}"
     text = (
         f"{energies} To cite: “{example} (mean and 95 % confidence interval over {n} independently seeded models, "
         "Student's t)”. The interval covers initialization and data order; it does not cover the choice of the split. "
@@ -76,9 +79,17 @@ def _how_to_cite(content: dict) -> str:
 
 def _training(content: dict) -> str:
     labels = {"E": "energies", "EF": "energies and forces"}
-    levels = [(name, labels.get(how, how)) for name, how in content["trained"].items()]
-    model = ", ".join(f"{key} {value}" for key, value in content["model"].items())
-    return _table(("level", "trained on"), levels, numeric_from=9) + f'<p class="small">Model: {escape(model)}</p>'
+    counts = content["training_labels"]
+    levels = [
+        (name, labels[how], *(f"{n:,}" if n else "" for n in counts[name].values())) if counts else (name, labels[how])
+        for name, how in content["trained"].items()
+    ]
+    header = ("level", "trained on", *(("energies", "structures with forces") if counts else ()))
+    settings = "".join(
+        f'<p class="small">{name}: {escape(", ".join(f"{key} {value}" for key, value in content[name].items()))}</p>'
+        for name in ("model", "training")
+    )
+    return _table(header, levels, numeric_from=2) + settings
 
 
 def _figure(image: Image) -> str:

@@ -70,6 +70,7 @@ def test_report_names_data_split_members_and_interval(page, content):
         *(member["weights_sha256"] for member in content["members"]),
         "95 % confidence interval over 3 independently seeded models",
         "Split by structure",
+        "781",  # training structures
     ):
         assert wanted in text
 
