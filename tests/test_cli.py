@@ -10,12 +10,14 @@ from hpcmlip.cli import app
 
 SURFACE = {
     "bench": ["name"],
+    "cancel": ["experiment"],
     "configs": ["--to"],
     "evaluate": ["runs", "--data", "--split", "--out", "--units"],
     "fetch": ["dataset", "--to"],
     "inspect": ["store", "--json"],
     "predict": ["models", "-o", "--out", "--level"],
     "shard": ["data", "overrides", "--scheduler", "--workers"],
+    "status": ["experiment", "--json"],
     "submit": [
         "run",
         "overrides",
@@ -39,7 +41,6 @@ HEAVY = (
     "distributed",
     "h5py",
     "matplotlib",
-    "pydantic",
     "numpy",
     "hpcmlip.config",
 )

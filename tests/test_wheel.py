@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("shard", "fetch", "inspect", "verify", "train", "submit", "evaluate", "predict", "configs")
+COMMANDS = (
+    "shard",
+    "fetch",
+    "inspect",
+    "verify",
+    "train",
+    "submit",
+    "status",
+    "cancel",
+    "evaluate",
+    "predict",
+    "configs",
+)
 SHIPPED = ("hpcmlip", "preprocess", "slurm", "configs", "pyproject.toml", "README.md")
 
 
