@@ -84,9 +84,10 @@ def _run(command: Sequence[str], ranks: int) -> int:
     stopped = []
 
     def pass_on(number, frame):
-        stopped.append(number)
         # torchrun passes on INT and TERM only
-        process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        sent = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        stopped.append(sent)
+        process.send_signal(sent)
 
     before = {number: signal.signal(number, pass_on) for number in signals}
     try:
@@ -94,7 +95,8 @@ def _run(command: Sequence[str], ranks: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return EXIT_RESUMABLE if stopped and code else code
+    # ended by our signal before training could listen to it: as good as stopped
+    return EXIT_RESUMABLE if -code in stopped else code
 
 
 def _note(experiment: Experiment, member: int, what: str) -> None:
