@@ -208,7 +208,7 @@ def _compare(peer: _Peer, options, numbers, pos) -> dict[str, float]:
     load_hippynn_state(expected, gradients[0] | extra, [gradients[1]])
     difference = {name: float((a - b).abs().max() / a.abs().max()) for name, (a, b) in results.items()}
     pairs = zip(potential.net.parameters(), expected.parameters(), strict=True)
-    relative = [float((p.grad - e).norm() / e.norm()) for p, e in pairs if p.numel()]
+    relative = [float((p.grad - e.detach()).norm() / e.detach().norm()) for p, e in pairs]
     return difference | {"gradients": max(relative)}
 
 

@@ -45,7 +45,11 @@ class Potential(nn.Module):
             ]
             energies = [self._energies(block, pos) for block, pos in zip(blocks, positions, strict=True)]
             wanted = [level for level in levels if not (self.training and _unlabelled(self.spec, blocks, level))]
-            forces = {level: _forces(energies, positions, level, create_graph=differentiable) for level in wanted}
+            forces = {}
+            for n, level in enumerate(wanted, start=1):
+                # the graph serves the other levels and, in training, the loss; else it is freed on the way
+                keep = differentiable or n < len(wanted)
+                forces[level] = _forces(energies, positions, level, create_graph=differentiable, retain_graph=keep)
         planes = [
             [forces[level][i] if level in forces else torch.zeros_like(pos) for level in levels]
             for i, pos in enumerate(positions)
@@ -64,14 +68,10 @@ class Potential(nn.Module):
         return Prediction(energy=block.topology.sum_atoms(terms.sum(dim=1)), forces=None, terms=terms)
 
 
-def _forces(
-    energies: Sequence[Prediction], positions: Sequence[Tensor], level: int, *, create_graph: bool
-) -> list[Tensor]:
-    """-dE/dpos [A, 3] of one level, for each block."""
+def _forces(energies: Sequence[Prediction], positions: Sequence[Tensor], level: int, **options: bool) -> list[Tensor]:
+    """-dE/dpos [A, 3] of one level, for each block; `options` are those of autograd."""
     total = sum(e.energy[:, level].sum() for e in energies)
-    # retain_graph: the graph serves the other levels and, in training, the loss
-    gradients = torch.autograd.grad(total, positions, create_graph=create_graph, retain_graph=True)
-    return [-gradient for gradient in gradients]
+    return [-gradient for gradient in torch.autograd.grad(total, positions, **options)]
 
 
 def _unlabelled(spec: DataSpec, blocks: Sequence[AtomsBatch], level: int) -> bool:
