@@ -1,19 +1,35 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
+from hpcmlip.errors import DataError
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write under a temporary name, flush to disk, rename: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = write_temporary(path, data)
+    flush(temporary)
     os.replace(temporary, path)
+
+
+def write_temporary(path: Path, data: bytes) -> Path:
+    """Write beside `path` and read back; returns the temporary name. Raises DataError if the disk is full or lies."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        if temporary.read_bytes() != data:
+            raise DataError(f"{temporary} reads back differently from what was written; check the disk")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise DataError(
+            f"cannot write {path} ({len(data)} bytes): {error.strerror}; free space and run again"
+        ) from None
+    return temporary
 
 
 def flush(path: Path) -> None:

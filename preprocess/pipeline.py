@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from hpcmlip.data.store import GroupMeta
+from hpcmlip.data.store import SPLITS, GroupMeta
 from hpcmlip.errors import DataError, RunError
 from hpcmlip.preprocess import commit, consistency, layout, scan, schedule, summary, write
 from hpcmlip.preprocess.config import DataConfig
@@ -48,20 +48,28 @@ def build(job: Job, execute: schedule.Execute, began: float | None = None) -> No
         console.print(f"{out} is complete, nothing to do", markup=False)
         return
     groups = _list_groups(job)
-    with commit.lock(job):
-        if out.exists():
-            raise RunError(f"{out} was finished by another process just now")
-        if commit.prepare(job):
-            console.print(f"continuing the work in {job.partial}", markup=False)
-        scanned, num_units = _scan(job, groups, execute, console)
-        metas = _write(job, scanned, execute, console)
-        commit.commit(job, scanned, *metas, scan.quarantine(job, num_units))
-        commit.discard(job)
+    try:
+        scanned = _build(job, groups, execute, console)
+    except OSError as error:
+        raise DataError(f"cannot write {error.filename or out}: {error.strerror or error}; run again") from None
     summary.show(
         out,
         unlabelled=scanned.rows - scanned.num_bad - scanned.num_kept,
         seconds=time.monotonic() - began,
     )
+
+
+def _build(job: Job, groups: list[list[RawGroup]], execute: schedule.Execute, console: Console) -> scan.Scanned:
+    with commit.lock(job):
+        if job.config.out.exists():
+            raise RunError(f"{job.config.out} was finished by another process just now")
+        if commit.prepare(job):
+            console.print(f"continuing the work in {job.partial}", markup=False)
+        scanned, num_units = _scan(job, groups, execute, console)
+        metas, tasks = _write(job, scanned, execute, console)
+        commit.commit(job, scanned, metas, tasks, scan.quarantine(job, range(num_units)))
+        commit.discard(job)
+    return scanned
 
 
 def _list_groups(job: Job) -> list[list[RawGroup]]:
@@ -95,35 +103,48 @@ def _first_pass(task: DigestTask | scan.ScanTask) -> object:
 
 def _scan(job: Job, groups, execute, console: Console) -> tuple[scan.Scanned, int]:
     units = scan.tasks(job, groups)
+    watch = _BadRows(job, sum(task.cost for task in units))
     digests = [DigestTask(job, source) for source in range(len(job.sources))]
-    _run(_first_pass, [*digests, *units], execute, console, "reading")
+    _run(_first_pass, [*digests, *units], execute, console, "reading", done=watch)
     scanned = scan.gather(job, len(units))
-    _judge(job, scanned, len(units))
+    _judge(job, scanned)
     write_whole(job.work / "molecules.json", json.dumps(scanned.molecules).encode())
     return scanned, len(units)
 
 
-def _judge(job: Job, scanned: scan.Scanned, num_units: int) -> None:
+class _BadRows:
+    """Counts bad rows as units come in, and raises DataError as soon as they are too many."""
+
+    def __init__(self, job: Job, total: int):
+        self.job, self.total, self.bad, self.units = job, total, 0, []
+        self.allowed = MOST_BAD * total if job.config.on_bad == "quarantine" else 0
+
+    def __call__(self, task: object, bad: int | None) -> None:
+        if not bad:
+            return
+        self.bad += bad
+        self.units.append(task.unit)
+        if self.bad > self.allowed:
+            first = itertools.islice(scan.quarantine(self.job, sorted(self.units)), 3)
+            examples = "; ".join(f"{file} {group} row {row}: {why} ({value})" for file, group, row, why, value in first)
+            limit = "more than 1 %" if self.allowed else "on_bad is 'fail'"
+            raise DataError(
+                f"{self.bad:,} of {self.total:,} conformations are bad so far ({limit}): {examples}; "
+                "check units and keys of the sources, or mend them"
+            )
+
+
+def _judge(job: Job, scanned: scan.Scanned) -> None:
     """Raises DataError if what was scanned must not become a store."""
-    allowed = MOST_BAD * scanned.rows if job.config.on_bad == "quarantine" else 0
-    if scanned.num_bad > allowed:
-        first = itertools.islice(scan.quarantine(job, num_units), 3)
-        examples = "; ".join(f"{name} {group} row {row}: {why} ({value})" for name, group, row, why, value in first)
-        limit = "more than 1 %" if allowed else "on_bad is 'fail'"
-        raise DataError(
-            f"{scanned.num_bad:,} of {scanned.rows:,} conformations are bad ({limit}), the first: {examples}; "
-            "check units and keys of the sources, or mend them"
-        )
     if not scanned.num_kept:
         raise DataError("no conformation carries a label of the levels in the config; check their keys")
-    if job.config.split.fractions[0] and not scanned.split_counts()["train"]:
-        raise DataError(
-            "the training split is empty: too few molecules for split.by; take more data or another split.by"
-        )
-    for split, count in scanned.split_counts().items():
-        wanted = dict(zip(("train", "val", "test"), job.config.split.fractions, strict=True))[split]
-        if wanted and not count:
-            log.warning("the split '%s' is empty: too few molecules for split.by '%s'", split, job.config.split.by)
+    counts = scanned.split_counts()
+    for split, fraction in zip(SPLITS, job.config.split.fractions, strict=True):
+        if fraction and not counts[split]:
+            problem = f"the split '{split}' is empty: too few molecules for split.by '{job.config.split.by}'"
+            if split == "train":
+                raise DataError(f"{problem}; take more data or another split.by")
+            log.warning(problem)
     consistency.check(job, scanned.sums)
 
 
@@ -132,13 +153,19 @@ def _write(job: Job, scanned, execute, console: Console) -> tuple[tuple[GroupMet
     commit.sweep(job)
     commit.create_arrays(job, groups)
     tasks = layout.tasks(job, scanned, groups)
-    _run(write.run, tasks, execute, console, "writing")
+    _run(write.run, tasks, execute, console, "writing", done=lambda task, size: None)
     return groups, tasks
 
 
-def _run(function, tasks: Sequence, execute: schedule.Execute, console: Console, what: str) -> None:
+def _run(
+    function, tasks: Sequence, execute: schedule.Execute, console: Console, what: str, done: schedule.Done
+) -> None:
+    def finished(task, receipt) -> None:
+        done(task, receipt)
+        shown.advance(task.cost)
+
     with progress(console, what, sum(task.cost for task in tasks)) as shown:
         try:
-            execute(function, tasks, lambda task, _: shown.advance(task.cost))
+            execute(function, tasks, finished)
         except KeyboardInterrupt:
             raise RunError("stopped; the same command continues") from None

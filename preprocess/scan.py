@@ -7,7 +7,7 @@ atom count, the row's split, label mask and molecule, and `scan/00012.json`, the
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -95,19 +95,19 @@ def arrays_path(job: Job, unit: int) -> Path:
     return job.work / "scan" / f"{unit:05d}.npz"
 
 
-def finished(task: ScanTask) -> bool:
-    """Is the unit done, its files as they were written?"""
+def finished(task: ScanTask) -> int | None:
+    """Number of bad rows of a unit that is done, its files as they were written; None if it is not."""
     try:
         receipt = json.loads(receipt_path(task.job, task.unit).read_bytes())
     except (OSError, ValueError):
-        return False
-    return matches(arrays_path(task.job, task.unit), receipt["arrays"])
+        return None
+    return len(receipt["bad"]) if matches(arrays_path(task.job, task.unit), receipt["arrays"]) else None
 
 
 def run(task: ScanTask) -> int:
-    """Scan a unit; returns its number."""
-    if finished(task):
-        return task.unit
+    """Scan a unit; returns the number of its bad rows."""
+    if (known := finished(task)) is not None:
+        return known
     job, columns, keys = task.job, {}, {}
     bad: list[list] = []
     sums = consistency.nothing(len(job.levels))
@@ -127,7 +127,7 @@ def run(task: ScanTask) -> int:
         for file in opened.values():
             file.close()
     _write(task, columns, keys, bad, sums)
-    return task.unit
+    return len(bad)
 
 
 def _scan_piece(job: Job, piece: Piece, rows: Rows, keys: dict[str, int], bad: list[list]) -> dict[str, np.ndarray]:
@@ -220,7 +220,7 @@ def gather(job: Job, num_units: int) -> Scanned:
     return Scanned(rows, tuple(counts), tuple(sorted(keys)), num_bad, sums)
 
 
-def quarantine(job: Job, num_units: int) -> Iterator[list]:
-    """[file, group, row, reason, value] of each bad row, in source order."""
-    for unit in range(num_units):
+def quarantine(job: Job, units: Iterable[int]) -> Iterator[list]:
+    """[file, group, row, reason, value] of each bad row of these units, in source order."""
+    for unit in units:
         yield from json.loads(receipt_path(job, unit).read_bytes())["bad"]

@@ -22,7 +22,7 @@ from hpcmlip.data.adjacency import LARGEST, pack
 from hpcmlip.data.store import SPLITS, GroupMeta
 from hpcmlip.errors import DataError
 from hpcmlip.preprocess import arrays
-from hpcmlip.preprocess.files import flush, matches, write_whole
+from hpcmlip.preprocess.files import flush, matches, write_temporary, write_whole
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.layout import WriteTask
 from hpcmlip.preprocess.scan import Piece, arrays_path, receipt_path
@@ -161,7 +161,7 @@ def _write(task: WriteTask, columns: Columns) -> dict[str, dict]:
         name = f"{group.path}/{spec.name}/{spec.shard_key(task.shard)}"
         data = encode(columns.pop(spec.name), spec, group)
         files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        written.append((_write_temporary(job.store / name, data), job.store / name))
+        written.append((write_temporary(job.store / name, data), job.store / name))
     for temporary, path in written:
         # all are on their way to the disk by now, so the later ones hardly wait
         flush(temporary)
@@ -180,19 +180,3 @@ def encode(values: np.ndarray, spec: arrays.ArraySpec, group: GroupMeta) -> byte
         )
     key = f"{spec.name}/{spec.shard_key(0)}"
     return sync(memory.get(key, default_buffer_prototype())).to_bytes()
-
-
-def _write_temporary(path: Path, data: bytes) -> Path:
-    """Write beside `path` and read back; returns the temporary name."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        if temporary.read_bytes() != data:
-            raise DataError(f"{temporary} reads back differently from what was written; check the disk")
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(
-            f"cannot write {path} ({len(data)} bytes): {error.strerror}; free space and run again"
-        ) from None
-    return temporary

@@ -1,5 +1,6 @@
 """The HDF5 layouts of the ANI family: groups with coordinates (Nc, Na, 3), a list of atoms, and labels by key."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from hpcmlip.errors import DataError
 from hpcmlip.plugins import suggest
 from hpcmlip.preprocess.readers import Levels, RawFile, RawGroup, Rows
 from hpcmlip.units import ATOMIC_NUMBERS, ENERGY_UNITS, formula
+
+log = logging.getLogger(__name__)
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 COORDINATES = "coordinates"
@@ -100,7 +103,19 @@ class Hdf5File(RawFile):
             for key in (*level.source.energy_keys, *([level.source.forces] if level.source.forces else [])):
                 if key not in node:
                     raise self._missing(node, key, f", which level '{level.name}' needs")
+        if ordinal == 0:
+            self._warn_of_single_precision(node)
         return RawGroup(ordinal, path, self._count(node), atoms.shape[0])
+
+    def _warn_of_single_precision(self, node: h5py.Group) -> None:
+        for level in self.levels:
+            for key in level.source.energy_keys:
+                if self._dataset(node, key).dtype == np.float32:
+                    log.warning(
+                        "%s: '%s' is float32, so energies of hundreds of Ha are known to some 1e-5 Ha only",
+                        self.path,
+                        key,
+                    )
 
     def _count(self, node: h5py.Group) -> int:
         return sum(self._length(node, suffix) for suffix in self.layout.suffixes)
