@@ -3,7 +3,7 @@
 import pytest
 from private_slurm import PrivateSlurm, missing
 
-JOB_SECONDS = 240
+JOB_SECONDS = 400
 """How long a test waits for the queue to become empty before it shows the logs and fails."""
 
 

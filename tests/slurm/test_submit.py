@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import JOB_SECONDS
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
 
 TWO_NODES = {"nodes": 2, "tasks_per_node": 1, "time": "10", "throttle": 2, "warn_seconds": 30}
 
@@ -65,7 +65,7 @@ def reference(xtb_store, cli, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     run = _run_yaml(folder, xtb_store)
     arguments = ["--members", 2, "--evaluate", xtb_store, "--run-dir", folder / "local"]
-    cli("submit", run, *arguments, "--local", "--ranks", 2, timeout=300)
+    cli("submit", run, *arguments, "--local", "--ranks", 2, timeout=500)
     return folder / "local"
 
 
@@ -128,9 +128,9 @@ def test_a_broken_member_leaves_the_others_alone(queue, cli, xtb_store, referenc
 
 
 def test_warned_training_saves_queues_again_and_ends_with_the_same_weights(queue, cli, xtb_store, tmp_path):
-    run = _run_yaml(tmp_path, xtb_store, epochs=12, log_seconds=0.05)
+    run = _run_yaml(tmp_path, xtb_store, epochs=8, log_seconds=0.05)
     site, experiment = _yaml(tmp_path / "site.yaml", TWO_NODES), tmp_path / "experiment"
-    cli("submit", run, "--site", site, "--run-dir", experiment, env=queue.env)
+    cli("submit", run, "--evaluate", xtb_store, "--site", site, "--run-dir", experiment, env=queue.env)
     array = json.loads((experiment / "jobs.json").read_text())["jobs"][0]["id"]
     metrics = experiment / "member_00" / "metrics.jsonl"
     _wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 120, lambda: _output(experiment))
@@ -140,10 +140,13 @@ def test_warned_training_saves_queues_again_and_ends_with_the_same_weights(queue
     assert [line.split()[2] for line in history.splitlines()] == ["started", "requeued", "started", "finished"], output
     assert {line.split()[1] for line in history.splitlines()} == {f"{array}_0"}
     assert "going on from" in output
+    # the evaluation waited for the second start
+    evaluation = json.loads((experiment / "evaluation" / "metrics.json").read_text())
+    assert len(evaluation["members"]) == 1 and not evaluation["left_out"]
     # each step stands once in the record, and the weights are those of a run that nobody disturbed
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(1, len(steps) + 1))
-    cli("submit", run, "--local", "--ranks", 2, "--run-dir", tmp_path / "undisturbed")
+    cli("submit", run, "--local", "--ranks", 2, "--run-dir", tmp_path / "undisturbed", timeout=400)
     assert _weights(experiment, 0) == _weights(tmp_path / "undisturbed", 0)
 
 
