@@ -16,7 +16,7 @@ from hpcmlip import dist
 from hpcmlip.batch import AtomsBatch
 from hpcmlip.data.loader import split_batches
 from hpcmlip.data.store import SPLITS
-from hpcmlip.errors import ConfigError
+from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.evaluation import figures, members, output, progress
 from hpcmlip.evaluation.predictions import Spill
 from hpcmlip.evaluation.sums import Result, Sums, result_sums
@@ -106,7 +106,21 @@ def results(task: Task, *, rank: int, size: int) -> Iterator[Result]:
         numbers = [elements[b.species.numpy().reshape(b.num_structures, -1)] for b in blocks]
         answers = task.ensemble.ask(blocks, numbers, task.levels, task.force_levels)
         for block, z, answer in zip(blocks, numbers, answers, strict=True):
+            _check_finite(task, block, answer)
             yield _result(task, block, z, answer)
+
+
+def _check_finite(task: Task, block: AtomsBatch, answer: members.Answer) -> None:
+    """Raises RunError naming the member: NaN would otherwise pass for a missing label."""
+    bad = ~(np.isfinite(answer.energy).all(axis=2) & np.isfinite(answer.forces).all(axis=(2, 3, 4)))  # [P, B]
+    if bad.any():
+        member, structure = np.argwhere(bad)[0]
+        _, file, group, row = block.source[structure]
+        name = task.dataset.stores[0].meta.sources[file].name
+        raise RunError(
+            f"{task.ensemble.members[member].path} gives no finite energy and forces for row {row} of group {group} of "
+            f"{name}: its training went wrong; leave it out or train it again"
+        )
 
 
 def _result(task: Task, block: AtomsBatch, numbers: np.ndarray, answer: members.Answer) -> Result:

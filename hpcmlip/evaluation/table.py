@@ -72,9 +72,11 @@ def show(content: dict, out: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    narrow = console.width < LOG_WIDTH
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0) if narrow else (0, 1))
     for i, name in enumerate(HEADER):
-        grid.add_column(name, justify="left" if i < FIRST_NUMBER else "right", overflow="fold")
+        is_number = i >= FIRST_NUMBER
+        grid.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
     for row in rows(content):
         grid.add_row(*row)
     console.print(grid)

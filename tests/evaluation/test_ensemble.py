@@ -7,13 +7,16 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+import torch
 import zarr
 from scipy import stats
 
+from hpcmlip.config import RunConfig, from_values
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, DataError, RunError
 from hpcmlip.evaluation import predictions
 from hpcmlip.evaluation.ensemble import evaluate
+from hpcmlip.models.export import load_model, save_model
 from hpcmlip.units import HARTREE, KCAL_PER_MOL
 
 RAW_KEYS = {"dz": ("wb97x_dz.energy", "wb97x_dz.forces"), "cc": ("ccsd(t)_cbs.energy", None)}
@@ -205,6 +208,21 @@ def test_unfinished_members_are_named_and_left_out(experiment, ab_initio_store, 
     assert [m["run"].rsplit("/", 1)[1] for m in found["members"]] == ["member_00", "member_02"]
     assert [item["run"].rsplit("/", 1)[1] for item in found["left_out"]] == ["member_01", "member_03"]
     assert "member_03" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_member_without_finite_predictions_is_named(experiment, ab_initio_store, tmp_path):
+    potential, card = load_model(experiment / "member_00")
+    with torch.no_grad():
+        next(potential.parameters()).fill_(torch.nan)
+    (tmp_path / "bad").mkdir()
+    config = from_values(RunConfig, card["config"], tmp_path, where="test")
+    save_model(tmp_path / "bad", potential, config=config, card={})
+    runs = [experiment / "member_01", tmp_path / "bad"]
+    with pytest.raises(
+        RunError, match=r"bad gives no finite energy and forces for row \d+ of group \d+ of ab_initio_small"
+    ):
+        evaluate(runs, ab_initio_store, split="test", out=tmp_path / "out", unit="eV")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_nothing_to_evaluate_is_refused(tmp_path, ab_initio_store):
