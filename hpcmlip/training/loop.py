@@ -56,7 +56,10 @@ def train(config: RunConfig, run_dir: Path) -> int:
             log.info("%s is finished already: %s after step %d", run_dir, finished["reason"], finished["step"])
             return 0
         try:
-            return _Training(config, run_dir, world, device, requests).run()
+            code = _Training(config, run_dir, world, device, requests).run()
+            # launchers take the first process to leave with 75 for a failure and end the others
+            dist.barrier()
+            return code
         except RuntimeError as error:
             if dist.is_lost_contact(error):
                 raise RunError(
@@ -96,9 +99,9 @@ class _Training:
             reporter.close()
             self.loader.close()
         if reason is None:
-            self._save()
             if self.world.rank == 0:
                 self.requests.forget_file()
+            self._save()
             log.info("stopped at step %d on request, with a checkpoint; start again to go on", self.progress.step)
             return EXIT_RESUMABLE
         self.records.finish(self.progress, reason)

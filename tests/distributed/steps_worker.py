@@ -2,10 +2,11 @@
 
     steps_worker.py CASES.json STORE OUT
 
-CASES.json holds {"config": RUN.yaml as plain values, "cases": [...]}. A case is {"name", "mode", "micro_batches", "steps"} with "stage" and "clip_norm" where they matter. `mode` "engine" is
-the real one. "torch" knows no DeepSpeed and no accumulation: a process takes its micro-batches as one batch,
-differentiates their objective and averages the gradients over ranks. On one rank that is the reference; on several it
-is the mistake that the engine must not make, a mean of the ranks' RMSEs.
+CASES.json holds {"config": RUN.yaml as plain values, "cases": [...]}. A case is {"name", "mode", "micro_batches",
+"steps"} with "stage" and "clip_norm" where they matter. `mode` "engine" is the real one. "torch" knows no DeepSpeed and
+no accumulation: a process takes its micro-batches as one batch, differentiates their objective and averages the
+gradients over ranks. On one rank that is the reference; on several it is the mistake that the engine must not make, a
+mean of the ranks' RMSEs.
 """
 
 import copy
@@ -45,20 +46,20 @@ def thin_labels(block, *, drop_cc: bool):
     row = torch.from_numpy(block.source[:, 3])
     energy, forces = block.energy.clone(), block.forces.clone()
     energy[row % 3 == 0, 0] = torch.nan
-    energy[(row % 4 != 1) | torch.tensor(drop_cc), 1] = torch.nan
+    energy[(row % 2 == 0) | torch.tensor(drop_cc), 1] = torch.nan
     forces[block.topology.lift_structures(row % 5 == 0)] = torch.nan
     return dataclasses.replace(block, energy=energy, forces=forces)
 
 
 def train_steps(loader, config: RunConfig, case: dict, first_stream: int):
-    """(learning rate, micro-batches) of each step; in every third, streams 0 and 1 see no label of the second level."""
+    """(learning rate, micro-batches) of each step; in every third, stream 0 sees no label of the second level."""
     done, epoch = 0, 0
     while done < case["steps"]:
         steps = loader.steps(epoch)
         for i, step in enumerate(loader.batches(epoch)):
             position = Position(step=done, epoch=epoch + i / steps, epochs=config.train.epochs, warmup_epochs=0.0)
             blocks = [
-                tuple(thin_labels(block, drop_cc=done % 3 == 0 and first_stream + m < 2) for block in blocks)
+                tuple(thin_labels(block, drop_cc=done % 3 == 0 and first_stream + m == 0) for block in blocks)
                 for m, blocks in enumerate(step)
             ]
             yield rate(config.optim, position, Plateau()), blocks
