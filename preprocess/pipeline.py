@@ -158,7 +158,7 @@ def _write(job: Job, scanned, execute, console: Console) -> tuple[tuple[GroupMet
 
 
 def _run(
-    function, tasks: Sequence, execute: schedule.Execute, console: Console, what: str, done: schedule.Done
+    function, tasks: Sequence, execute: schedule.Execute, console: Console, what: str, *, done: schedule.Done
 ) -> None:
     def finished(task, receipt) -> None:
         done(task, receipt)

@@ -23,7 +23,7 @@ from hpcmlip.preprocess.readers import RawGroup, Rows
 from hpcmlip.units import formula
 
 UNIT_BYTES = 16 << 20
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 MIN_UNITS = 16
 LEFT_OUT = 255
 """In place of a split: the row is bad, or carries none of the labels."""

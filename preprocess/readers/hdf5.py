@@ -242,7 +242,7 @@ def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        if "lock" in str(error):
+        if "unable to lock" in str(error):
             raise DataError(f"the source {path} is open for writing elsewhere; close it there first") from None
         what = "a truncated or damaged HDF5 file" if head == SIGNATURE else "no HDF5 file"
         raise DataError(f"the source {path} is {what}; fetch it again") from None

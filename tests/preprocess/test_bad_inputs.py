@@ -1,4 +1,4 @@
-"""Bad inputs through the real command: one clear sentence, exit code 1 or 2, no traceback, no store, nothing to trust."""
+"""Bad inputs through the real command: one clear sentence, exit code 1 or 2, no store, nothing to trust."""
 
 import random
 import shutil
