@@ -73,7 +73,7 @@ def three_free_ports() -> list[int]:
         sockets = [socket.socket() for _ in range(3)]
         try:
             for offset, sock in enumerate(sockets):
-                sock.bind(("127.0.0.1", first + offset))
+                sock.bind(("", first + offset))
             return [first, first + 1, first + 2]
         except OSError:
             continue

@@ -150,6 +150,23 @@ def test_warned_training_saves_queues_again_and_ends_with_the_same_weights(queue
     assert _weights(experiment, 0) == _weights(tmp_path / "undisturbed", 0)
 
 
+def test_cancelled_training_saves_and_stays_cancelled(queue, cli, xtb_store, tmp_path):
+    run, experiment = _run_yaml(tmp_path, xtb_store, epochs=200, log_seconds=0.05), tmp_path / "experiment"
+    site = _yaml(tmp_path / "site.yaml", TWO_NODES)
+    cli("submit", run, "--evaluate", xtb_store, "--site", site, "--run-dir", experiment, env=queue.env)
+    metrics = experiment / "member_00" / "metrics.jsonl"
+    _wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 120, lambda: _output(experiment))
+    assert json.loads(cli("status", experiment, "--json").stdout)["members"][0]["state"] == "running"
+    said = cli("cancel", experiment, env=queue.env).stdout
+    assert re.search(r"Cancelled: \d+, \d+\.", said)
+    output = _finish(queue, experiment)
+    history = (experiment / "slurm" / "member_00.jobs").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in history] == ["started", "stopped by Slurm"], output
+    assert _steps(experiment / "member_00"), output
+    assert json.loads(cli("status", experiment, "--json").stdout)["members"][0]["state"] == "stopped"
+    assert "No job of" in cli("cancel", experiment, env=queue.env).stdout
+
+
 def test_a_warning_before_the_first_step_does_not_queue_again(queue, cli, xtb_store, tmp_path):
     run, experiment = _run_yaml(tmp_path, xtb_store), tmp_path / "experiment"
     cli("submit", run, "--site", _yaml(tmp_path / "site.yaml", TWO_NODES), "--run-dir", experiment, env=queue.env)
