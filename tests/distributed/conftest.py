@@ -1,5 +1,6 @@
 """Runs that are started, interrupted and continued."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -89,3 +90,9 @@ def _ranks(process: subprocess.Popen) -> list[psutil.Process]:
         return [member for member in members if "hpcmlip" in " ".join(member.cmdline())]
     except psutil.NoSuchProcess:
         return []
+
+
+@pytest.fixture(scope="session")
+def run_values() -> dict:
+    """RUN.yaml without its stores, as plain values."""
+    return copy.deepcopy(RUN)
