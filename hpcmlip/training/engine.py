@@ -183,9 +183,10 @@ def _initialize(objective: Objective, config: RunConfig, world: World, per_rank:
     # DeepSpeed's own call, at every step of stages 1 and 2
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
-    # the shared-memory operator serves tensor-parallel inference only; building it takes a compiler and up to 90 s,
-    # and a build that is killed leaves a lock on which every later start waits for ever
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # No operator is wanted: the only one that would be loaded, shared memory for tensor-parallel inference, takes a
+    # compiler and up to 90 s to build, and a build that is killed leaves a lock on which every later start waits for
+    # ever. Set, not edited: reading it first would probe the machine's compilers for all operators.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     trainable = [p for p in objective.parameters() if p.requires_grad]
     engine, _, _, _ = deepspeed.initialize(

@@ -92,6 +92,7 @@ def test_another_number_of_ranks_and_another_stage_agree(stopped, left_alone, cl
     stage, onto = stages
     shutil.copytree(stopped(stage) / "run", tmp_path / "run")
     cli("train", stopped(stage) / "run.yaml", f"engine.zero_stage={onto}", "--run-dir", tmp_path / "run")
+    assert RunDir(tmp_path / "run").steps()[-1] == left_alone(stage).steps()[-1]
     found, expected = RunDir(tmp_path / "run").tensors(), left_alone(stage).tensors()
     worst = max(
         float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-30))
