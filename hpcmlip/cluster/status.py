@@ -18,7 +18,7 @@ from hpcmlip.cluster.submission import job_ids
 from hpcmlip.training.reporting import METRICS
 
 SPEED_STEPS = 100
-"""Steps over which speed and time left are measured."""
+"""Steps over which the speed is averaged."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Status:
 
     member: str
     state: str
-    """waiting, running, queued again, stopped, failed or finished: what was last written, if its job died without a
-    word it still reads running, with a growing `quiet_s`."""
+    """waiting, running, queued again, stopped, failed or finished: what was last written. A job that died without a
+    word still reads running, with a growing `quiet_s`."""
     step: int | None
     epoch: int | None
     best: float | None
@@ -36,7 +36,7 @@ class Status:
     unit: str | None
     structures_per_s: float | None
     left_s: float | None
-    """Seconds to the last epoch, at the present speed."""
+    """Seconds to the end of the last epoch; known from the second epoch on."""
     restarts: int
     quiet_s: float | None
     """Seconds since the last sign of life."""
@@ -96,7 +96,6 @@ def _member(experiment: Experiment, member: int, now: float) -> Status:
     best = min(validations, key=lambda r: r["objective"], default={})
     state, note = _state(run_dir, history, has_begun=bool(records))
     last = steps[-1] if steps else {}
-    recent = steps[-SPEED_STEPS:]
     return Status(
         member=experiment.name(member),
         state=state,
@@ -104,8 +103,8 @@ def _member(experiment: Experiment, member: int, now: float) -> Status:
         epoch=last.get("epoch"),
         best=best.get("objective"),
         unit=best.get("unit"),
-        structures_per_s=_mean([r["structures_per_s"] for r in recent]),
-        left_s=_left(recent, experiment.config.train.epochs) if state == "running" else None,
+        structures_per_s=_mean([r["structures_per_s"] for r in steps[-SPEED_STEPS:]]),
+        left_s=_left(steps, experiment.config.train.epochs) if state == "running" else None,
         restarts=max(0, sum(" started" in line for line in history) - 1),
         quiet_s=_quiet(run_dir, experiment.history_file(member), now),
         note=note,
@@ -131,14 +130,13 @@ def _last_error(run_dir: Path) -> str:
 
 
 def _left(steps: list[dict], epochs: int) -> float | None:
-    """Seconds to the end at the speed of these steps, from whole epochs among them or from the first of the run."""
-    begun = {record["epoch"]: record for record in reversed(steps)}
-    first, last = min(begun, default=0), max(begun, default=0)
-    if last - first < 1:
+    """Seconds to the end if every epoch takes as long as the last whole one, its validation included."""
+    begun = {record["epoch"]: record["time"] for record in reversed(steps)}
+    last = max(begun, default=0)
+    if last - 1 not in begun:
         return None
-    seconds = begun[last]["time"] - begun[first]["time"]
-    remaining = seconds / (last - first) * (epochs - last)
-    return max(0.0, remaining - (steps[-1]["time"] - begun[last]["time"]))
+    remaining = (begun[last] - begun[last - 1]) * (epochs - last)
+    return max(0.0, remaining - (steps[-1]["time"] - begun[last]))
 
 
 def _quiet(run_dir: Path, history: Path, now: float) -> float | None:

@@ -1,0 +1,90 @@
+"""`hpcmlip status`: what a member's files say, complete or cut off in the middle of a line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpcmlip.cluster import status
+from hpcmlip.cluster.experiment import Experiment
+from hpcmlip.config import RunConfig, from_values
+from hpcmlip.errors import ConfigError
+
+START = 1_700_000_000.0
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Experiment:
+    values = {
+        "name": "tiny",
+        "data": {"stores": ["s.zarr"], "levels": {"gfn2": "E"}},
+        "model": {"kind": "hipnn", "lmax": 0, "features": 4, "interactions": 1, "cutoff": 6.5},
+        "train": {"epochs": 10},
+    }
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "member_00").mkdir()
+    return Experiment(tmp_path, from_values(RunConfig, values, tmp_path, where="test"), 1)
+
+
+def _metrics(folder: Path, epochs: int) -> None:
+    """Four steps an epoch, 5 s each, a validation that takes 10 s; the objective is best after the second epoch."""
+    lines = []
+    for epoch in range(epochs):
+        for i in range(4):
+            time = START + 30 * epoch + 5 * i
+            step = 4 * epoch + i + 1
+            record = {"kind": "train", "step": step, "epoch": epoch, "structures_per_s": 10.0 + i, "time": time}
+            lines.append(record)
+        objective = [9.0, 4.0, None, 6.0][epoch % 4]
+        lines.append(
+            {"kind": "validation", "step": 4 * epoch + 4, "objective": objective, "unit": "meV", "time": time + 10}
+        )
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "step": 99, "ep')
+
+
+def _history(experiment: Experiment, *what: str) -> None:
+    text = "".join(f"2026-01-01T00:00:00Z 12_0 {item}\n" for item in what)
+    experiment.history_file(0).write_text(text)
+
+
+def test_a_running_member(experiment):
+    _metrics(experiment.run_dir(0), 3)
+    _history(experiment, "started", "requeued", "started")
+    (member,) = status.read(experiment, now=START)
+    assert (member.state, member.step, member.epoch, member.restarts) == ("running", 12, 2, 1)
+    assert (member.best, member.unit) == (4.0, "meV")
+    assert member.structures_per_s == 11.5
+    # the third epoch of ten has lasted 15 of 30 s
+    assert member.left_s == 30 * 8 - 15
+
+
+@pytest.mark.parametrize(
+    ("history", "state", "note"),
+    [
+        ([], "waiting", ""),
+        (["started"], "running", ""),
+        (["started", "requeued"], "queued again", ""),
+        (["started", "stopped by Slurm"], "stopped", "stopped by Slurm"),
+        (["started", "failed with exit code 1"], "failed", "failed with exit code 1"),
+        (["started", "failed with exit code 1", "started"], "running", ""),
+    ],
+)
+def test_state_is_what_was_written_last(experiment, history, state, note):
+    if history:
+        _history(experiment, *history)
+    (member,) = status.read(experiment, now=START)
+    assert (member.state, member.note) == (state, note)
+    assert (member.step, member.best, member.left_s) == (None, None, None)
+
+
+def test_a_failed_member_shows_its_last_line(experiment):
+    _history(experiment, "started", "failed with exit code 1")
+    (experiment.run_dir(0) / "log.txt").write_text("begun\nERROR 11 steps had non-finite numbers\n\n")
+    assert status.read(experiment, now=START)[0].note == "ERROR 11 steps had non-finite numbers"
+
+
+def test_a_folder_without_experiment_is_refused(tmp_path):
+    for act in (lambda: status.show(tmp_path, as_json=False), lambda: status.cancel(tmp_path)):
+        with pytest.raises(ConfigError, match=r"no experiment directory: it holds no experiment\.json"):
+            act()
