@@ -14,7 +14,7 @@ from hpcmlip.preprocess.scan import Scanned
 
 CHUNK_BYTES = 1 << 20
 """Of a chunk of all arrays together, before compression."""
-SHARD_BYTES = 12 << 20
+SHARD_BYTES = 8 << 20
 """Most of a shard of all arrays together, before compression. A worker holds a shard about three times over."""
 MIN_SHARDS = 8
 """So that a small data set keeps some workers busy too."""

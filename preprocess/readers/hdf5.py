@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 COORDINATES = "coordinates"
+CACHE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -240,9 +241,18 @@ def _open(path: Path) -> h5py.File:
     if not head:
         raise DataError(f"the source {path} is empty; fetch it again")
     try:
-        return h5py.File(path, "r")
+        return _with_small_cache(h5py.File(path, "r"))
     except OSError as error:
         if "unable to lock" in str(error):
             raise DataError(f"the source {path} is open for writing elsewhere; close it there first") from None
         what = "a truncated or damaged HDF5 file" if head == SIGNATURE else "no HDF5 file"
         raise DataError(f"the source {path} is {what}; fetch it again") from None
+
+
+def _with_small_cache(file: h5py.File) -> h5py.File:
+    """Metadata of groups that were visited is kept by HDF5 up to 32 MB; every group is visited once, so 1 MB will do."""
+    config = file.id.get_mdc_config()
+    config.set_initial_size, config.initial_size = True, CACHE_BYTES
+    config.min_size = config.max_size = CACHE_BYTES
+    file.id.set_mdc_config(config)
+    return file
