@@ -3,9 +3,6 @@
 import pytest
 from private_slurm import PrivateSlurm, missing
 
-JOB_SECONDS = 400
-"""How long a test waits for the queue to become empty before it shows the logs and fails."""
-
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):

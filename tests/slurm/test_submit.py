@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import JOB_SECONDS
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
+
+JOB_SECONDS = 400
+"""How long a test waits for the queue to become empty before it shows the logs and fails."""
 
 TWO_NODES = {"nodes": 2, "tasks_per_node": 1, "time": "10", "throttle": 2, "warn_seconds": 30}
 
