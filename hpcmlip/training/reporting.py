@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+_CONSOLE = Console(stderr=True)
+"""One for the log and the bar, so that lines appear above the bar."""
 
 
 def set_up_logging(run_dir: Path, rank: int) -> None:
@@ -26,7 +28,7 @@ def set_up_logging(run_dir: Path, rank: int) -> None:
     root.setLevel(logging.INFO)
     root.propagate = False
     if rank == 0 and sys.stderr.isatty():
-        console: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        console: logging.Handler = RichHandler(console=_CONSOLE, show_path=False)
     else:
         console = logging.StreamHandler()
         console.setFormatter(logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
@@ -72,7 +74,7 @@ class Reporter:
         self._since: list[tuple[float, float, float]] = []
         if sys.stderr.isatty():
             columns = (TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = Progress(*columns, console=_CONSOLE, transient=True)
             self._task = self._bar.add_task("", total=epochs)
             self._bar.start()
 

@@ -49,13 +49,17 @@ class Ended:
 
 @pytest.fixture(scope="session")
 def mpirun():
-    """`mpirun(ranks, *arguments, when=None, send=None)`: `hpcmlip` under mpirun -> Ended.
+    """`mpirun(ranks, *arguments, when=None, send=None, to=None)`: `hpcmlip` under mpirun -> Ended.
 
-    As soon as `when()` is true every rank gets the signal `send`.
+    As soon as `when()` is true the first `to` ranks (None: all) get the signal `send`.
     """
 
     def run(
-        ranks: int, *arguments, when: Callable[[], bool] | None = None, send: signal.Signals | None = None
+        ranks: int,
+        *arguments,
+        when: Callable[[], bool] | None = None,
+        send: signal.Signals | None = None,
+        to: int | None = None,
     ) -> Ended:
         command = [*MPIRUN, str(ranks), sys.executable, "-m", "hpcmlip", *map(str, arguments)]
         process = subprocess.Popen(
@@ -63,7 +67,7 @@ def mpirun():
         )
         try:
             if when is not None:
-                _send_when(process, when, send)
+                _send_when(process, when, send, to)
             output, _ = process.communicate(timeout=180)
         finally:
             for member in _ranks(process):
@@ -74,13 +78,13 @@ def mpirun():
     return run
 
 
-def _send_when(process: subprocess.Popen, when: Callable[[], bool], number: signal.Signals) -> None:
+def _send_when(process: subprocess.Popen, when: Callable[[], bool], number: signal.Signals, to: int | None) -> None:
     deadline = time.monotonic() + 120
     while not when():
         assert process.poll() is None, f"ended before the signal:\n{process.communicate()[0]}"
         assert time.monotonic() < deadline, "never came so far"
         time.sleep(0.005)
-    for member in _ranks(process):
+    for member in _ranks(process)[:to]:
         member.send_signal(number)
 
 
