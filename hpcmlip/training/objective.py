@@ -83,12 +83,6 @@ class Objective(nn.Module):
             total = total + (weight * hierarchicality.value(hierarchy.reshape(L, -1, 2))).sum()
         return total
 
-    def num_labels(self, sums: Tensor) -> int:
-        """Labels (energies and force components with a weight) that went into the sums."""
-        L, P = len(self.spec.levels), len(self._loss.penalties)
-        count = sums[: L * 2 * (1 + P)].reshape(L, 2, 1 + P)[..., 0]
-        return round(float((count * (self._weights.to(count.device) > 0)).sum()))
-
     def slope(self, sums: Tensor) -> Tensor:
         """[S] derivative of the value by each sum, at globally reduced sums."""
         leaf = sums.detach().requires_grad_()

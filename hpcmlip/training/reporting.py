@@ -73,7 +73,8 @@ class Reporter:
         self._logged = self._last = self._begun
         self._since: list[tuple[float, float, float]] = []
         if sys.stderr.isatty():
-            columns = (TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+            # fits a terminal of 80 columns
+            columns = (TextColumn("epoch"), MofNCompleteColumn(), BarColumn(10), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=_CONSOLE, transient=True)
             self._task = self._bar.add_task("", total=epochs)
             self._bar.start()
@@ -117,7 +118,8 @@ class Reporter:
         speed, wait = structures / seconds, min(waited / seconds, 1.0)
         text = f"loss {loss:.4g}, lr {lr:.3g}, {speed:.0f} structures/s, data wait {wait:.0%}, {self._left(now, epoch)}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=int(epoch), description=f"step {step}, {text}")
+            short = f"loss {loss:.4g}  {speed:.0f}/s  wait {wait:.0%}  {self._left(now, epoch)}"
+            self._bar.update(self._task, completed=int(epoch), description=short)
         if now - self._logged >= self._log_seconds:
             if self._bar is None:
                 log.info("step %d, epoch %.2f of %d: %s", step, epoch, self._epochs, text)
