@@ -3,6 +3,7 @@
 Tasks leave files; only receipts come back.
 """
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -184,16 +185,15 @@ def _on_pool(pool) -> Execute:
 
 @contextmanager
 def _slurm(workers: int | None) -> Iterator[Execute]:
+    if importlib.util.find_spec("dask_jobqueue") is None:
+        raise ConfigError("--scheduler slurm needs dask-jobqueue: pip install 'hpcmlip[slurm]'")
     with ExitStack() as stack:
         yield _started_by_need(stack, lambda tasks: _slurm_client(workers or 4))
 
 
 @contextmanager
 def _slurm_client(workers: int) -> Iterator:
-    try:
-        from dask_jobqueue import SLURMCluster
-    except ImportError:
-        raise ConfigError("--scheduler slurm needs dask-jobqueue: pip install 'hpcmlip[slurm]'") from None
+    from dask_jobqueue import SLURMCluster
     from distributed import Client
 
     # account, partition, walltime: the user's own dask configuration (jobqueue.slurm), which dask-jobqueue reads

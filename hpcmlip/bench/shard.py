@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def _speed(options, work: Path) -> dict:
     source = _replicate(options, work, options.copies)
     rows = []
     for workers in options.workers:
-        runs = [_run(options.config, source, work, workers) for _ in range(options.repeats)]
+        runs = [_run(options.config, source, work, workers, watch=False) for _ in range(options.repeats)]
         seconds = statistics.median(run["seconds"] for run in runs)
         rows.append(
             {
@@ -72,7 +71,7 @@ def _memory(options, work: Path) -> dict:
     for copies in (1, COPIES):
         source = _replicate(options, work, copies)
         for workers in options.workers:
-            runs = [_run(options.config, source, work, workers) for _ in range(options.repeats)]
+            runs = [_run(options.config, source, work, workers, watch=True) for _ in range(options.repeats)]
             peak = statistics.median(run["peak"] for run in runs)
             rows.append(
                 {
@@ -105,8 +104,8 @@ def _replicate(options, work: Path, copies: int) -> Path | None:
     return path
 
 
-def _run(config: Path, source: Path | None, work: Path, workers: int) -> dict:
-    """One fresh command: seconds, CPU seconds, peak bytes, structures."""
+def _run(config: Path, source: Path | None, work: Path, workers: int, *, watch: bool) -> dict:
+    """One fresh command: seconds, CPU seconds, structures and, if watched (that costs time), peak bytes."""
     out = work / "out.zarr"
     shutil.rmtree(out, ignore_errors=True)
     overrides = [f"out={out}", *([f"sources=['{source}']"] if source else [])]
@@ -116,11 +115,10 @@ def _run(config: Path, source: Path | None, work: Path, workers: int) -> dict:
     with open(work / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         peak = [0]
-        watcher = threading.Thread(target=_watch, args=(process, peak), daemon=True)
-        watcher.start()
+        if watch:
+            _watch(process, peak)
         code = process.wait()
     seconds = time.perf_counter() - began
-    watcher.join()
     if code:
         raise RunError(f"{' '.join(command)} failed: {(work / 'log.txt').read_text()[-2000:]}")
     spent = os.times()

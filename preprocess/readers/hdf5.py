@@ -250,7 +250,7 @@ def _open(path: Path) -> h5py.File:
 
 
 def _with_small_cache(file: h5py.File) -> h5py.File:
-    """Metadata of groups that were visited is kept by HDF5 up to 32 MB; every group is visited once, so 1 MB will do."""
+    """HDF5 keeps metadata of visited groups, up to 32 MB; we visit each group once, so 1 MB will do."""
     config = file.id.get_mdc_config()
     config.set_initial_size, config.initial_size = True, CACHE_BYTES
     config.min_size = config.max_size = CACHE_BYTES

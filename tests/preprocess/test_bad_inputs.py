@@ -1,5 +1,6 @@
 """Bad inputs through the real command: one clear sentence, exit code 1 or 2, no store, nothing to trust."""
 
+import importlib.util
 import random
 import shutil
 from pathlib import Path
@@ -276,3 +277,11 @@ def test_what_a_failed_run_leaves_is_not_taken_for_good(raw, config, cli, tmp_pa
     mended = (tmp_path / "out.zarr" / "manifest.json").read_bytes()
     fresh = shard(config, f"out={tmp_path / 'fresh.zarr'}")
     assert (fresh.path / "manifest.json").read_bytes() == mended
+
+
+def test_the_slurm_scheduler_without_its_package(config, refused):
+    if importlib.util.find_spec("dask_jobqueue"):
+        with_package = "hpcmlip[slurm] is installed here: the sentence cannot be seen"
+        pytest.xfail(with_package)
+    refused(config, "--scheduler", "slurm", code=2, says="needs dask-jobqueue: pip install")
+    assert not Path(f"{config.parent / 'out.zarr'}.partial").exists()
