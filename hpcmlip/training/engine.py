@@ -179,6 +179,7 @@ def _initialize(objective: Objective, config: RunConfig, world: World, per_rank:
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.utils import groups
 
     # DeepSpeed's own call, at every step of stages 1 and 2
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
@@ -187,6 +188,8 @@ def _initialize(objective: Objective, config: RunConfig, world: World, per_rank:
     # compiler and up to 90 s to build, and a build that is killed leaves a lock on which every later start waits for
     # ever. Set, not edited: reading it first would probe the machine's compilers for all operators.
     deepspeed.ops.__compatible_ops__ = {}
+    if groups._WORLD_GROUP not in torch.distributed.distributed_c10d._world.pg_map:
+        groups._WORLD_GROUP = None  # of an earlier run in this process, whose group is gone
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     trainable = [p for p in objective.parameters() if p.requires_grad]
     engine, _, _, _ = deepspeed.initialize(
