@@ -27,7 +27,7 @@ class DataSpec:
     """[L, E] float64 eV: atomic energies subtracted from the totals before the model sees them (isolated atoms where
     known, otherwise the least-squares fit itself)."""
     residual: np.ndarray
-    """[L, E] float64 eV: least-squares atomic energies of what remains on the training split; a model's constant part."""
+    """[L, E] float64 eV: least-squares atomic energies of the rest on the training split; a model's constant part."""
     isolated: tuple[bool, ...]
     """Per level: is `reference` that of isolated atoms?"""
 

@@ -11,7 +11,7 @@ from hpcmlip.errors import ConfigError, UserError
 
 app = typer.Typer(
     name="hpcmlip",
-    help="From the ANI data sets to an interatomic potential with error bars. A config file may be followed by key=value.",
+    help="From the ANI data sets to a potential with error bars. A config file may be followed by key=value.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -109,7 +109,7 @@ def submit(
         Path | None,
         typer.Option(
             metavar="SITE.yaml",
-            help="Account, partition, modules, GPUs or CPUs a node, container; default: slurm/site.yaml of the package.",
+            help="Account, partition, modules, GPUs or CPUs a node, container; default: the package's site.yaml.",
         ),
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Experiment directory; default: runs/NAME.")] = None,
@@ -197,7 +197,7 @@ def predict(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(ctx: typer.Context, name: Annotated[str, typer.Argument(help="A file in hpcmlip/bench/.")]):
-    """The benchmarks behind the speed claims; peers run in the same process or interleaved. `hpcmlip bench NAME --help`."""
+    """The benchmarks behind the speed claims, peers in the same run. `hpcmlip bench NAME --help`."""
     from hpcmlip import plugins
 
     sys.exit(plugins.find("bench", name).main(ctx.args))

@@ -122,7 +122,7 @@ class TrainSection(Section):
 
 class EngineSection(Section):
     zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage; 3 cannot differentiate forces (it releases gathered weights that the second backward needs)."""
+    """DeepSpeed ZeRO stage; 3 cannot train forces (it releases gathered weights that the second backward needs)."""
     precision: Literal["fp32"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: Positive = 30.0

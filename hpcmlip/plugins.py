@@ -13,7 +13,7 @@ from hpcmlip.errors import ConfigError
 
 
 def names(package: str) -> list[str]:
-    """Modules of `hpcmlip.<package>` that define a component: those with the attribute `COMPONENT` in their source text."""
+    """Modules of `hpcmlip.<package>` that define a component: those whose source text sets `COMPONENT`."""
     parent = importlib.import_module(f"hpcmlip.{package}")
     found = []
     for info in pkgutil.iter_modules(parent.__path__):
@@ -27,7 +27,7 @@ def find(package: str, name: str) -> ModuleType:
     """Module `hpcmlip.<package>.<name>`; raises ConfigError with the nearest name if there is none."""
     known = names(package)
     if name not in known:
-        raise ConfigError(f"no {package.rsplit('.')[-1].removesuffix('s')} named '{name}'{suggest(name, known)}")
+        raise ConfigError(f"no {package.split('.')[-1].removesuffix('s')} named '{name}'{suggest(name, known)}")
     return importlib.import_module(f"hpcmlip.{package}.{name}")
 
 
