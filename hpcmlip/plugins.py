@@ -27,7 +27,7 @@ def find(package: str, name: str) -> ModuleType:
     """Module `hpcmlip.<package>.<name>`; raises ConfigError with the nearest name if there is none."""
     known = names(package)
     if name not in known:
-        raise ConfigError(f"no {package.split('.')[-1].removesuffix('s')} named '{name}'{suggest(name, known)}")
+        raise ConfigError(f"no {package.rpartition('.')[2].removesuffix('s')} named '{name}'{suggest(name, known)}")
     return importlib.import_module(f"hpcmlip.{package}.{name}")
 
 
