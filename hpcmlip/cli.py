@@ -45,6 +45,10 @@ def shard(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes or jobs; default: one per core.")] = None,
 ):
     """Raw files -> zarr graph store. Run it again after any interruption: it continues."""
+    from hpcmlip.preprocess import schedule
+
+    if scheduler is Scheduler.PROCESSES:
+        schedule.warm_up()
     from hpcmlip.config import load
     from hpcmlip.preprocess import pipeline
     from hpcmlip.preprocess.config import DataConfig

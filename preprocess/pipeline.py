@@ -151,10 +151,26 @@ def _judge(job: Job, scanned: scan.Scanned) -> None:
 def _write(job: Job, scanned, execute, console: Console) -> tuple[tuple[GroupMeta, ...], list[WriteTask]]:
     groups = layout.groups(job, scanned)
     commit.sweep(job)
-    commit.create_arrays(job, groups)
     tasks = layout.tasks(job, scanned, groups)
-    _run(write.run, tasks, execute, console, "writing", done=lambda task, size: None)
+    everything = [ArraysTask(job, groups), *tasks]
+    _run(_second_pass, everything, execute, console, "writing", done=lambda task, size: None)
     return groups, tasks
+
+
+@dataclass(frozen=True)
+class ArraysTask:
+    """Create the arrays of the store, without data; the shards do not wait for it."""
+
+    job: Job
+    groups: tuple[GroupMeta, ...]
+    cost: int = 0
+
+    def run(self) -> None:
+        commit.create_arrays(self.job, self.groups)
+
+
+def _second_pass(task: ArraysTask | WriteTask) -> object:
+    return task.run() if isinstance(task, ArraysTask) else write.run(task)
 
 
 def _run(

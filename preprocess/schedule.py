@@ -22,6 +22,23 @@ Execute = Callable[[Callable, Sequence, Done], None]
 """(function, tasks, done): run function(task) for all tasks. Raises the UserError of the first that fails."""
 
 
+def warm_up() -> None:
+    """Start the process that workers are forked from, which imports what they need while this one imports its own.
+
+    Optional: without it the first tasks wait for that.
+    """
+    from multiprocessing import forkserver
+
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
+    try:
+        forkserver.set_forkserver_preload(["distributed", "distributed.nanny", "hpcmlip.preprocess.pipeline"])
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 @contextmanager
 def executor(scheduler: str, workers: int | None) -> Iterator[Execute | None]:
     """What runs tasks; None on the MPI ranks that served as workers (they have nothing left to do)."""
@@ -95,7 +112,10 @@ def _local_client(workers: int) -> Iterator:
     import dask
     from distributed import Client, LocalCluster
 
+    warm_up()
     quiet = {
+        # one process imports, the workers are its forks; spawned ones import all of it again, a second each
+        "distributed.worker.multiprocessing-method": "forkserver",
         "distributed.worker.memory.target": False,
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
