@@ -60,7 +60,6 @@ def _speed(options, work: Path) -> dict:
                 "median_s": round(seconds, 2),
                 "all_s": [round(run["seconds"], 2) for run in runs],
                 "structures_per_s": round(runs[0]["structures"] / seconds),
-                "cpu_s": round(statistics.median(run["cpu"] for run in runs), 2),
             }
         )
     return {"benchmark": "shard speed", "cores": len(os.sched_getaffinity(0)), "rows": rows}
@@ -110,7 +109,6 @@ def _run(config: Path, source: Path | None, work: Path, workers: int, *, watch: 
     shutil.rmtree(out, ignore_errors=True)
     overrides = [f"out={out}", *([f"sources=['{source}']"] if source else [])]
     command = [sys.executable, "-m", "hpcmlip", "shard", str(config), *overrides, "--workers", str(workers)]
-    cpu = os.times()
     began = time.perf_counter()
     with open(work / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -121,10 +119,8 @@ def _run(config: Path, source: Path | None, work: Path, workers: int, *, watch: 
     seconds = time.perf_counter() - began
     if code:
         raise RunError(f"{' '.join(command)} failed: {(work / 'log.txt').read_text()[-2000:]}")
-    spent = os.times()
     return {
         "seconds": seconds,
-        "cpu": spent.children_user + spent.children_system - cpu.children_user - cpu.children_system,
         "peak": peak[0],
         "structures": open_store(out).meta.num_structures,
     }
