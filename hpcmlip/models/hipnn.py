@@ -26,7 +26,9 @@ HEAD_UNIT = KCAL_PER_MOL
 the usual learning rates and the damping of the heads were found, and weights of hippynn runs in kcal/mol fit."""
 
 HEAD_DAMPING = 1e-2
-"""Heads after the first start at this fraction of the usual initialisation: training starts at the fitted E0."""
+"""Weights of the heads after the first start at this fraction of the usual initialisation: training starts at the
+fitted E0. Their biases (some 0.1 kcal/mol an atom) are not damped, other than in hippynn: gradients of biases are
+cancelling sums over all atoms, and a tensor that starts near 0 would show their rounding a hundredfold."""
 
 
 class Config(ModelSection):
@@ -205,5 +207,4 @@ def _head(features: int, num_levels: int) -> nn.Linear:
     head = nn.Linear(features, num_levels, dtype=torch.float32)
     with torch.no_grad():
         head.weight *= HEAD_DAMPING
-        head.bias *= HEAD_DAMPING
     return head
