@@ -123,7 +123,6 @@ def test_a_wrong_value(refused, base, override, words):
         (RUN, ["optim.schedule.min_lr=1"], "optim.schedule.min_lr is 1, not below optim.lr"),
         (RUN, ["loss.weights.tz.energy=1"], "names the level 'tz', which data.levels does not train"),
         (DATA, ["split.fractions=[0.8,0.1,0.2]"], "fractions must add up to 1, these add up to 1.1"),
-        (DATA, ["split.fractions=[0,0.5,0.5]"], "the training fraction is 0"),
         (DATA, ["elements=[H,H]"], "elements must name each element once"),
     ],
 )

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch.testing import assert_close
 
 from hpcmlip.models import hipnn
-from hpcmlip.models.hipnn import Config, Net
+from hpcmlip.models.hipnn import HEAD_UNIT, Config, Net
 from hpcmlip.models.potential import Potential
 
 SMALL = {"features": 6, "sensitivities": 8, "atom_layers": 1}
@@ -66,8 +66,9 @@ def test_before_training_the_energy_is_the_fit_of_atomic_energies():
     spec = molecules.spec()
     potential = Potential(Config(features=16), spec, seed=0).eval()
     batch = molecules.batch(molecules.real("C2H6O1", slice(0, 4)), dtype=torch.float32)
-    fitted = spec.residual.T[batch.species.numpy()].reshape(4, -1, 2).sum(1)
-    assert_close(potential([batch])[0].energy.double(), torch.tensor(fitted), rtol=0, atol=0.05)
+    fitted = torch.tensor(spec.residual.T[batch.species.numpy()].reshape(4, -1, 2).sum(1))
+    biases = sum(head.bias for head in potential.net.heads).double() * HEAD_UNIT * batch.topology.num_atoms
+    assert_close(potential([batch])[0].energy.double(), fitted + biases, rtol=0, atol=0.05)
 
 
 def test_norm_of_five_components_is_that_of_the_tensor():
