@@ -109,7 +109,8 @@ class TrainSection(Section):
     validate_every: Count = 1
     """Epochs between validations."""
     checkpoint_minutes: NonNegative = 10.0
-    """Minutes between checkpoints; one is also written at each validation that is the best, and at the end."""
+    """Minutes between checkpoints; one is also written at each validation that is the best, and at the end.
+    0: at every step."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints, besides; 0: by time only."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2

@@ -64,7 +64,7 @@ class DataConfig(Section):
     """Raw files, or glob patterns."""
     out: Path
     levels: dict[LevelName, LevelSource | str] = {}
-    """Level name -> its keys; a string names one of the reader's presets. Empty: all presets of the reader."""
+    """Level name -> its keys; a string names one of the reader's presets. Empty: the reader's default levels."""
     cutoff: Positive = 6.5
     """Å; the neighbour lists in the store reach this far, a model may use less."""
     elements: tuple[str, ...] = ("H", "C", "N", "O")

@@ -9,12 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from hpcmlip.cluster import scheduler
 from hpcmlip.cluster.experiment import Experiment, is_finished, open_experiment
 from hpcmlip.cluster.submission import job_ids
+from hpcmlip.data.inspection import wide_console
 from hpcmlip.training.reporting import METRICS
 
 SPEED_STEPS = 100
@@ -68,7 +68,7 @@ def show(folder: Path, *, as_json: bool) -> None:
             *(m.member, m.state, str(m.step or ""), epoch, best, speed),
             *(_duration(m.left_s), str(m.restarts or ""), _duration(m.quiet_s, " ago"), m.note),
         )
-    Console().print(table)
+    wide_console().print(table)
     done = sum(m.state == "finished" for m in members)
     print(f"{done} of {len(members)} members finished; {'evaluated' if evaluated else 'not evaluated'}")
 
