@@ -36,7 +36,7 @@ def test_alone_agrees_with_two_ranks_and_builds_nothing(write_run, cli, mpirun, 
         ({}, ["loss.weights.dz.energy=0.0", "data.levels={dzz: E}", "loss.weights={}"], 2, "dzz"),
     ],
 )
-def test_mistakes_end_in_a_sentence(write_run, cli, tmp_path, env, overrides, code, reason):  # noqa: PLR0917
+def test_mistakes_end_in_a_sentence(write_run, cli, tmp_path, env, overrides, code, reason):
     config = write_run(tmp_path)
     run_dir = tmp_path / "run"
     arguments = ["train", config, *overrides, "--run-dir", run_dir]
