@@ -104,7 +104,9 @@ def test_a_killed_worker_is_replaced(raw, tmp_path):
 
 def worker_processes(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
-        return [p for p in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+        below = psutil.Process(pid).children(recursive=True)
+        # workers are forks of the server, which is a child of the command
+        return [p for p in below if "forkserver" in " ".join(p.cmdline()) and p.ppid() != pid]
     return []
 
 
