@@ -31,6 +31,7 @@ class Section(BaseModel):
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 EnergyUnit = Literal[tuple(ENERGY_UNITS)]
 LevelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_().+*-]+$")]
@@ -47,11 +48,12 @@ class DataSection(Section):
     levels: Annotated[dict[LevelName, Labels], Field(min_length=1)]
     """Levels that are trained: E energies only, EF energies and forces."""
     pairs_per_batch: Count = 20000
-    """Budget of a micro-batch: sum over its structures of N² atom pairs."""
+    """Budget of a micro-batch: sum over its structures of N² atom pairs. One with larger molecules than a block holds
+    (N² > budget / blocks_per_batch) may exceed it by one of them."""
     blocks_per_batch: Annotated[int, Field(ge=2)] = 4
     """A micro-batch mixes about this many molecule sizes."""
     cache_mb: NonNegative = 1024
-    """Decoded chunks that a process keeps in memory."""
+    """Decoded chunks that a process keeps in memory, besides four of each molecule size for each stream at work."""
 
 
 class LevelWeights(Section):
@@ -90,12 +92,12 @@ class ScheduleSection(Section):
 class OptimSection(Section):
     kind: Literal["adam", "adamw"] = "adam"
     lr: Positive = 5.0e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1.0e-8
     weight_decay: NonNegative = 0.0
     clip_norm: NonNegative = 0.0
     """Gradient norm is clipped to this; 0 does not clip."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Decay = 0.0
     """Decay a step of the moving average of the weights, which is then what is validated and kept; 0: no average."""
     schedule: ScheduleSection = ScheduleSection()
 
@@ -104,7 +106,7 @@ class TrainSection(Section):
     epochs: Count = 100
     micro_batches_per_step: Count = 2
     """Micro-batches of an optimizer step; the number of processes must divide it."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Initial weights and order of the data."""
     validate_every: Count = 1
     """Epochs between validations."""
@@ -142,7 +144,7 @@ class RunConfig(Section):
     """RUN.yaml: one training run."""
 
     path_keys = frozenset({"data.stores"})
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
     data: DataSection
     model: SerializeAsAny[ModelSection]
     loss: LossSection = LossSection()
@@ -240,9 +242,10 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
-def dump(config: Section) -> str:
-    """YAML text of a config with every default written out."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+def dump(config: Section, *, defaults: bool = True) -> str:
+    """YAML text of a config, with every default written out or only what was set."""
+    values = json.loads(config.model_dump_json(exclude_unset=not defaults))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, where: str):
@@ -270,7 +273,12 @@ def _resolve(cls, key: str, value, folder: Path):
         return value
     if isinstance(value, list):
         return [_resolve(cls, key, item, folder) for item in value]
-    return str((folder / Path(value).expanduser()).absolute()) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return str((folder / Path(value).expanduser()).absolute())
+    except RuntimeError:
+        raise ConfigError(f"{key}: nobody's home directory is meant by '{value}'") from None
 
 
 def _validate(cls: type[ConfigT], values: dict, prefix: str = "") -> ConfigT:

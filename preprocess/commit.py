@@ -21,7 +21,7 @@ from zarr.errors import ZarrUserWarning
 import hpcmlip
 from hpcmlip.data import offsets, store
 from hpcmlip.data.store import MANIFEST, SCHEMA, GroupMeta, Meta, Offsets, Source
-from hpcmlip.errors import ConfigError, DataError, RunError
+from hpcmlip.errors import ConfigError, DataError, RunError, UserError
 from hpcmlip.preprocess import arrays
 from hpcmlip.preprocess.files import digest, entry, flush, write_whole
 from hpcmlip.preprocess.job import Job
@@ -49,6 +49,10 @@ def lock(job: Job) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise RunError(f"another 'hpcmlip shard' works on {job.config.out} ({file.read().strip()})") from None
+        except OSError as error:
+            raise DataError(
+                f"the file system of {job.partial} has no file locks ({error.strerror}): put 'out' on one that has them"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -63,7 +67,7 @@ def discard(job: Job) -> None:
 def tidy(job: Job) -> None:
     """Remove a building site that outlived its store, unless somebody is at work there."""
     if job.partial.exists():
-        with contextlib.suppress(RunError), lock(job):
+        with contextlib.suppress(UserError), lock(job):
             discard(job)
 
 
@@ -135,6 +139,8 @@ def create_arrays(job: Job, groups: Iterable[GroupMeta]) -> None:
 
 def commit(job: Job, scanned: Scanned, groups: tuple[GroupMeta, ...], tasks: list[WriteTask], bad: Iterable) -> None:
     """Metadata, manifest, and the rename that makes it a store."""
+    # a worker that was killed and replaced in this pass may have left some
+    sweep(job)
     files, parts = _receipts(job, tasks)
     _check_sources(job)
     molecules = np.array([key.encode() for key in scanned.molecules])

@@ -19,7 +19,7 @@ class LevelSource(Section):
     """Key of the forces, if the level has them."""
     method: str = ""
     basis: str = ""
-    atomic_energies: dict[str, float] | None = None
+    atomic_energies: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
     """Energies of the isolated atoms by element symbol, in the energy unit of the file (Ha for the ANI layouts)."""
 
     @property

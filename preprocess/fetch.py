@@ -3,6 +3,7 @@
 pooch checks the sum and moves a file into place; `download.Resuming` brings the bytes.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -105,7 +106,9 @@ def fetch(dataset: str, to: Path) -> None:
         to.mkdir(parents=True, exist_ok=True)
         for file in DATASETS[dataset]:
             fetch_file(file, to)
-        shutil.rmtree(to / PARTIAL, ignore_errors=True)
+        # another data set's download may lie there, unfinished or under way
+        with contextlib.suppress(OSError):
+            (to / PARTIAL).rmdir()
     except OSError as error:
         where = error.filename or to
         raise DataError(f"cannot write {where} ({error.strerror or error}); give another folder with --to") from None
@@ -125,6 +128,7 @@ def fetch_file(file: RemoteFile, to: Path, *, pause: float = 1.0) -> None:
     found = {name: archive for name in file.products}
     if file.members:
         found = _unpack(archive, file, partial)
+    record = read_record(to)  # again: another fetch may have added to it since
     for name, path in found.items():
         record[name] = {"size": path.stat().st_size, "sha256": pooch.file_hash(str(path)), "url": file.urls[0]}
         os.replace(path, to / name)

@@ -101,6 +101,12 @@ def _levels(config: DataConfig, reader) -> tuple[RawLevel, ...]:
     levels = []
     for name, source in wanted.items():
         if isinstance(source, LevelSource):
+            missing = sorted(set(config.elements) - set(source.atomic_energies or config.elements))
+            if missing:
+                raise ConfigError(
+                    f"levels.{name}.atomic_energies lacks {', '.join(missing)}: add them, leave them all out, or name "
+                    "only the elements of your data in 'elements'"
+                )
             levels.append(RawLevel(name, source))
         elif source in reader.PRESETS:
             levels.append(RawLevel(name, reader.PRESETS[source]))

@@ -121,6 +121,10 @@ def test_a_wrong_value(refused, base, override, words):
     [
         (RUN, ["loss.weights={dz: {energy: 0, forces: 0}, cc: {energy: 0, forces: 1}}"], "nothing would be trained"),
         (RUN, ["optim.schedule.min_lr=1"], "optim.schedule.min_lr is 1, not below optim.lr"),
+        (RUN, ["train.seed=-1"], "train.seed: must be"),
+        (RUN, ["train.seed=99999999999"], "train.seed: must be"),
+        (RUN, ["optim.betas=[1.0,0.9]"], "optim.betas"),
+        (RUN, ["name=.."], "name: "),
         (RUN, ["loss.weights.tz.energy=1"], "names the level 'tz', which data.levels does not train"),
         (DATA, ["split.fractions=[0.8,0.1,0.2]"], "fractions must add up to 1, these add up to 1.1"),
         (DATA, ["elements=[H,H]"], "elements must name each element once"),

@@ -22,7 +22,7 @@ import hpcmlip
 from hpcmlip.cluster.script import Evaluation
 from hpcmlip.config import RunConfig, dump, load
 from hpcmlip.data.store import open_store
-from hpcmlip.errors import ConfigError, RunError
+from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.training.rundir import DONE, differing, write_atomic
 
 SCHEMA = 1
@@ -80,7 +80,10 @@ class Experiment:
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        asked = open_store(self.evaluation.store).digest, self.evaluation.split
+        try:
+            asked = open_store(self.evaluation.store).digest, self.evaluation.split
+        except UserError:  # removed or damaged since: what was evaluated cannot be compared any more
+            return False
         return seen == (*asked, [member.get("weights_sha256") for member in done])
 
 
@@ -139,7 +142,10 @@ def check_folder(experiment: Experiment) -> None:
 def write(experiment: Experiment, site_text: str) -> None:
     """Make the directory: configs first, the record last. What is there already stays as it is where it is the same."""
     for folder in (experiment.folder / "slurm", experiment.folder / "configs"):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make {folder} ({error.strerror}); give another --run-dir") from None
     write_atomic(experiment.folder / "run.yaml", dump(experiment.config))
     write_atomic(experiment.site_file, site_text)
     for member in range(experiment.members):

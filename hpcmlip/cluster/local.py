@@ -76,7 +76,7 @@ def _launcher(ranks: int) -> list[str]:
 
 def _run(command: Sequence[str], ranks: int) -> int:
     """Exit code of a command that shares our terminal. A stop signal is passed on and its end awaited."""
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     env = {"OMP_NUM_THREADS": threads, "PYTHONFAULTHANDLER": "1"} | os.environ
     # a session of its own: Ctrl-C in the terminal then comes once, through us
     process = subprocess.Popen(command, env=env, start_new_session=True)

@@ -92,7 +92,8 @@ def _render(site: Site, template: str, header: str, threads: int, values: dict) 
 def command(site: Site) -> str:
     """Shell text that starts hpcmlip, up to the name of its command."""
     # the site's own words are shell text on purpose: $HOME and quotes in them mean what they mean in a shell
-    python = site.python or shlex.quote(sys.executable)
+    # a container has a python of its own
+    python = site.python or ("python3" if site.container else shlex.quote(sys.executable))
     return " ".join([*([site.container] if site.container else []), python, "-m hpcmlip"])
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from hpcmlip import slurm
-from hpcmlip.config import Count, Section, load
+from hpcmlip.config import Count, Section, from_values, load
 from hpcmlip.errors import ConfigError
 
 PACKAGE_FOLDER = Path(slurm.__file__).parent
@@ -18,8 +18,8 @@ Option = Annotated[str, Field(pattern=r"^-[^\n\r]+$")]
 Line = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
 
 
-class Resources(Section):
-    """What one job asks for."""
+class Asked(Section):
+    """What a job asks for, as far as it is said."""
 
     nodes: Count = 1
     tasks_per_node: Count = 2
@@ -41,6 +41,10 @@ class Resources(Section):
         if isinstance(value, int):
             raise ValueError('write the time in quotes, as in "24:00:00": bare, YAML reads it as a number of base 60')
         return value
+
+
+class Resources(Asked):
+    """What one job asks for."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -73,14 +77,17 @@ class Site(Resources):
     """Python of the jobs; default: the one that submits."""
     sbatch_options: tuple[Option, ...] = ()
     srun_options: tuple[Option, ...] = ()
-    evaluate: Resources | None = None
-    """Resources of the evaluation job; default: those of a member."""
+    evaluate: Asked | None = None
+    """Resources of the evaluation job where they differ from those of a member."""
     templates: Path | None = None
     """Folder with train.sbatch and evaluate.sbatch; default: the package's."""
 
     @property
     def evaluation(self) -> Resources:
-        return self.evaluate or self
+        """What the evaluation job asks for. Raises ConfigError for a contradiction."""
+        own = {key: getattr(self, key) for key in Asked.model_fields}
+        other = self.evaluate.model_dump(exclude_unset=True) if self.evaluate else {}
+        return from_values(Resources, own | other, Path(), where="evaluate")
 
     def check_ranks(self, micro_batches: int) -> None:
         """Raises ConfigError unless the processes of a member share its micro-batches evenly."""
@@ -101,4 +108,6 @@ class Site(Resources):
 
 def load_site(path: Path) -> Site:
     """The site of a YAML file; raises ConfigError naming file and key."""
-    return load(Site, path)
+    site = load(Site, path)
+    site.evaluation  # noqa: B018  (a contradiction is told now, not when the job is written)
+    return site

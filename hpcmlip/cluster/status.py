@@ -125,8 +125,8 @@ def _state(run_dir: Path, history: list[str], *, has_begun: bool) -> tuple[str, 
 
 
 def _last_error(run_dir: Path) -> str:
-    lines = _lines(run_dir / "log.txt")
-    return lines[-1] if lines else ""
+    errors = [line for line in _lines(run_dir / "log.txt") if " ERROR " in line]
+    return errors[-1] if errors else ""
 
 
 def _left(steps: list[dict], epochs: int) -> float | None:

@@ -15,7 +15,7 @@ from hpcmlip.cluster import scheduler, script
 from hpcmlip.cluster.experiment import Experiment
 from hpcmlip.cluster.script import Evaluation
 from hpcmlip.cluster.site import DEFAULT_FILE, Site, load_site
-from hpcmlip.config import RunConfig
+from hpcmlip.config import RunConfig, dump
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.data.store import SPLITS, open_store
 from hpcmlip.errors import ConfigError, RunError
@@ -60,7 +60,9 @@ def submit(
         script.check_path(experiment.folder)
     if not local and not dry_run:
         _check_queue(experiment)
-    experiments.write(experiment, site_file.read_text(encoding="utf-8"))
+    # with its comments, unless its relative path would mean another place in the copy
+    text = dump(machine, defaults=False) if machine.templates else site_file.read_text(encoding="utf-8")
+    experiments.write(experiment, text)
     if local:
         return _run_here(experiment, ranks, dry_run=dry_run)
     plan = plan_of(experiment)
@@ -111,9 +113,16 @@ def _check_ranks(experiment: Experiment, site: Site, ranks: int | None) -> None:
 
 def _check_data(experiment: Experiment) -> None:
     data = experiment.config.data
-    Dataset.open(data.stores, data.levels)
+    dataset = Dataset.open(data.stores, data.levels)
+    for split in ("train", "val"):
+        if not dataset.count(split):
+            raise ConfigError(f"no structure of the split '{split}' carries a label of {', '.join(data.levels)}")
     if experiment.evaluation is not None:
-        open_store(experiment.evaluation.store)
+        held = [level.name for level in open_store(experiment.evaluation.store).meta.levels]
+        if not set(held) & set(data.levels):
+            raise ConfigError(
+                f"{experiment.evaluation.store} holds {', '.join(held)}, none of the trained {', '.join(data.levels)}"
+            )
         split = experiment.evaluation.split
         if split not in SPLITS:
             raise ConfigError(f"there is no split '{split}'{suggest(split, SPLITS)}")

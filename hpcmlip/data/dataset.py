@@ -1,5 +1,6 @@
 """Which labels of which stores a run sees: `Dataset` and the `DataSpec` that follows from it."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from hpcmlip.batch import DataSpec
 from hpcmlip.data import offsets, plan
 from hpcmlip.data.store import GroupMeta, Level, Store, energy_bit, forces_bit, open_store
 from hpcmlip.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Dataset:
         for a damaged store.
         """
         stores = tuple(open_store(path) for path in paths)
+        if any(store.meta.split != stores[0].meta.split for store in stores):
+            log.warning(
+                "%s were split differently: a molecule held out in one may be trained on in another",
+                ", ".join(str(store.path) for store in stores),
+            )
         elements = tuple(sorted({z for store in stores for z in store.meta.elements}))
         reference, residual, isolated = [], [], []
         for name, labels in levels.items():

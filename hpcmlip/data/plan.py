@@ -113,7 +113,8 @@ def plan(
 ) -> list[StreamPlan]:
     """Plan of every stream for one epoch; all have the same number of micro-batches, of at most `budget` pairs each.
 
-    A micro-batch exceeds the budget only if a single structure does. `seed` None: groups and rows in file order.
+    Molecules larger than a block (N² > budget / blocks_per_batch) may exceed it by one. `seed` None: groups and rows
+    in file order.
     """
     atoms = np.array([rows.num_atoms for rows in groups], dtype=np.int64)
     size = np.maximum(1, budget // (blocks_per_batch * atoms**2))

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hpcmlip.data.store import energy_bit, forces_bit
+from hpcmlip.errors import RunError
 from hpcmlip.evaluation import conformers, plots, predictions, report, table
 from hpcmlip.evaluation.figures import CONFIDENCE
 from hpcmlip.evaluation.members import Found, Member
@@ -43,7 +44,12 @@ def write(task: Task, found: Found, figures: dict, *, unit: str, partial: Path) 
         "store_digest": content["store"]["digest"],
         "split": task.split,
     }
-    predictions.merge(partial / "spill", partial / PREDICTIONS, shapes, attributes)
+    merged = predictions.merge(partial / "spill", partial / PREDICTIONS, shapes, attributes)
+    if merged != content["num_structures"]:
+        raise RunError(
+            f"{merged} of {content['num_structures']} predictions arrived in {partial}: is --out on a file system "
+            "that all nodes see? Evaluate again"
+        )
     shutil.rmtree(partial / "spill")
     pairs = conformers.sums(partial / PREDICTIONS, task.dataset.stores[0], task.split, len(task.levels))
     content["conformers"] = conformers.figures(pairs, task.levels, unit)

@@ -92,19 +92,22 @@ class Shapes:
         return (self.num_levels,) if name.startswith("energy") else (num_atoms, self.num_force_levels, 3)
 
 
-def merge(spill: Path, out: Path, shapes: Shapes, attributes: dict) -> None:
-    """Write predictions.zarr from the raw files of all ranks."""
+def merge(spill: Path, out: Path, shapes: Shapes, attributes: dict) -> int:
+    """Write predictions.zarr from the raw files of all ranks; returns the number of structures."""
+    count = 0
     root = zarr.open_group(out, mode="w-", zarr_format=3)
     root.attrs.update(attributes)
     for size in sorted({int(path.name[1:].split(".")[0]) for path in spill.iterdir()}):
         group = root.create_group(f"n{size:03d}")
         source = np.concatenate(_parts(spill, "source", size, shapes))
         order = np.lexsort(source.T[::-1])
+        count += len(order)
         for name in DTYPES:
             if name.startswith("forces") and not shapes.num_force_levels:
                 continue
             parts = _parts(spill, name, size, shapes)
             _write(group, name, parts, order)
+    return count
 
 
 def _parts(spill: Path, name: str, size: int, shapes: Shapes) -> list[np.ndarray]:

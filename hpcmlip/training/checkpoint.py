@@ -55,10 +55,12 @@ def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
             _write(temporary / file, content)
         _write(temporary / MANIFEST, json.dumps(_manifest(contents), indent=1).encode())
         _sync_folder(temporary)
-        if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
+        aside = folder / f"{_TEMPORARY}old-{final.name}"
+        if final.exists():  # the same step again, at the end of a run or after a resume from an older one
+            final.rename(aside)
         temporary.rename(final)
         _sync_folder(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

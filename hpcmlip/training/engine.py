@@ -5,6 +5,7 @@ Known of DeepSpeed 0.19 (read in its source, and tested here): forces must be ta
 does not look; gradients are averaged over ranks, hence the factor in `surrogate`.
 """
 
+import argparse
 import logging
 import math
 import os
@@ -173,7 +174,8 @@ class Engine:
 
 def _initialize(objective: Objective, config: RunConfig, world: World, per_rank: int):
     """The DeepSpeed engine on the process group that `dist.start` made."""
-    device = next(objective.parameters()).device.type
+    place = next(objective.parameters()).device
+    device = place.type
     # read when DeepSpeed is first imported; its own guess would take a GPU that the config does not want
     os.environ.setdefault("DS_ACCELERATOR", device)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
@@ -193,6 +195,8 @@ def _initialize(objective: Objective, config: RunConfig, world: World, per_rank:
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
     trainable = [p for p in objective.parameters() if p.requires_grad]
     engine, _, _, _ = deepspeed.initialize(
+        # the GPU that was chosen; where each task sees only its own, that is not the local rank
+        args=argparse.Namespace(device_rank=place.index or 0),
         model=objective,
         optimizer=_optimizer(config.optim, trainable),
         dist_init_required=False,

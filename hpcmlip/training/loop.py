@@ -16,14 +16,14 @@ from hpcmlip import dist
 from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.dist import World
-from hpcmlip.errors import EXIT_RESUMABLE, RunError
+from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
 from hpcmlip.models.potential import Potential
 from hpcmlip.training import rundir, setup
 from hpcmlip.training.average import Average
 from hpcmlip.training.engine import Engine, MicroBatch, StepResult
 from hpcmlip.training.objective import Objective
 from hpcmlip.training.records import Progress, Records
-from hpcmlip.training.reporting import Reporter, set_up_logging
+from hpcmlip.training.reporting import Reporter, note_failure, set_up_logging
 from hpcmlip.training.schedules import Position, is_exhausted, rate
 from hpcmlip.training.stopping import StopRequests
 from hpcmlip.training.validation import validate
@@ -41,9 +41,13 @@ def train(config: RunConfig, run_dir: Path) -> int:
     world = dist.detect()
     setup.check_ranks(config, world)
     device = setup.choose_device(config.engine.device, world)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    set_up_logging(run_dir, world.rank)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        set_up_logging(run_dir, world.rank)
+    except OSError as error:
+        raise ConfigError(f"cannot write into {run_dir} ({error.strerror}); give another --run-dir") from None
     with ExitStack() as stack:
+        stack.push(lambda kind, error, trace: note_failure(error) if error else None)
         requests = stack.enter_context(StopRequests(run_dir))
         dist.start(world, folder=run_dir, device=device, timeout_minutes=config.engine.timeout_minutes)
         stack.callback(dist.stop)
@@ -183,12 +187,16 @@ class _Training:
     def _report_bad_step(self, micro_batches: list[MicroBatch], reporter: Reporter) -> None:
         """Name the structures with non-finite numbers; end the run on all ranks if there have been too many."""
         progress = self.progress
-        found = [source for sources in dist.gather(self.engine.bad_sources(micro_batches)) for source in sources]
+        num = sum(len(block.source) for blocks in micro_batches for block in blocks)
+        gathered = dist.gather((num, self.engine.bad_sources(micro_batches)))
+        found = [source for _, sources in gathered for source in sources]
+        if 2 * len(found) > sum(count for count, _ in gathered):
+            found = []  # it is the weights that have diverged, not a few records
         names = [self._source_name(source) for source in found[:_SOURCES_NAMED]]
         reporter.bad_step(step=progress.step, epoch=progress.epoch, sources=names, count=progress.bad_steps)
         if progress.bad_steps > self.config.train.max_bad_steps:
             reporter.flush()
-            shown = "; ".join(names) or "no single structure stands out: lower optim.lr or set optim.clip_norm"
+            shown = "; ".join(names) or "not a few structures but the weights: lower optim.lr or set optim.clip_norm"
             raise RunError(
                 f"{progress.bad_steps} steps had non-finite numbers, more than train.max_bad_steps = "
                 f"{self.config.train.max_bad_steps}; at step {progress.step}: {shown}"

@@ -33,11 +33,17 @@ def set_up_logging(run_dir: Path, rank: int) -> None:
         console = logging.StreamHandler()
         console.setFormatter(logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    console.addFilter(lambda record: not getattr(record, "for_the_file", False))
     root.addHandler(console)
     if rank == 0:
         file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file)
+
+
+def note_failure(error: BaseException) -> None:
+    """Leave in log.txt why the run failed; the command line says it on the terminal."""
+    log.error("%s", str(error) or type(error).__name__, extra={"for_the_file": True})
 
 
 def truncate_metrics(path: Path, *, step: int, validated_step: int) -> None:

@@ -125,7 +125,7 @@ def test_evaluation_has_resources_of_its_own():
     _, evaluate = _texts(site, "/x")
     lines = _directives(evaluate)
     assert {"--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=8", "--time=30"} <= set(lines)
-    assert not any(line.startswith("--mem") for line in lines)
+    assert "--mem=64G" in lines, "what is not named is that of a member"
     assert "OMP_NUM_THREADS=8" in evaluate
 
 

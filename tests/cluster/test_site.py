@@ -61,3 +61,18 @@ def test_ranks_that_do_not_divide_the_micro_batches_are_refused():
 def test_absent_template_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the batch template .*train\.sbatch"):
         Site(templates=tmp_path).template("train.sbatch")
+
+
+def test_the_evaluation_keeps_what_it_does_not_name():
+    site = Site(
+        tasks_per_node=4, gpus_per_node=4, cpus_per_task=8, mem="128G", evaluate={"nodes": 1, "time": "1:00:00"}
+    )
+    asked = site.evaluation
+    assert (asked.tasks_per_node, asked.gpus_per_node, asked.cpus_per_task, asked.mem) == (4, 4, 8, "128G")
+    assert (asked.nodes, asked.time) == (1, "1:00:00")
+
+
+def test_a_contradiction_in_the_evaluation_is_told_at_once(tmp_path):
+    (tmp_path / "site.yaml").write_text("tasks_per_node: 2\ngpus_per_node: 2\nevaluate: {tasks_per_node: 4}\n")
+    with pytest.raises(ConfigError, match="one process uses one GPU"):
+        load_site(tmp_path / "site.yaml")

@@ -164,6 +164,15 @@ SETTINGS = {
     "split": ("split.by=moon", "split.by: "),
     "elements": ("elements=[H, Xx]", "Xx"),
     "atomic energies": ("levels={x: {energy: wb97x_dz.energy, atomic_energies: {Qq: 1.0}}}", "Qq"),
+    "half of the atomic energies": (
+        "levels={x: {energy: wb97x_dz.energy, atomic_energies: {H: -0.5, C: -37.8}}}",
+        "levels.x.atomic_energies lacks N, O",
+    ),
+    "atomic energy that is no number": (
+        "levels={x: {energy: wb97x_dz.energy, atomic_energies: {H: .nan, C: -37.8, N: -54.5, O: -75.0}}}",
+        "atomic_energies",
+    ),
+    "nobody's home": ("out=~nosuchuser/x.zarr", "nobody's home directory"),
     "no sources": ("sources=[]", "sources"),
     "no pair": ("cutoff", "not of the form key=value"),
 }

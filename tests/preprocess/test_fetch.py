@@ -269,3 +269,12 @@ def test_the_public_data_sets():
         for file in files:
             assert all(url.startswith("https://") for url in file.urls)
             assert file.checksum is None or re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", file.checksum)
+
+
+def test_an_unfinished_download_of_another_data_set_stays(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "comp6", ())
+    other = tmp_path / fetching.PARTIAL / "ani1x-release.h5.part"
+    other.parent.mkdir()
+    other.write_bytes(b"half")
+    fetch("comp6", tmp_path)
+    assert other.read_bytes() == b"half"

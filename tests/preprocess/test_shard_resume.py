@@ -153,6 +153,20 @@ def test_stopped_between_tasks(raw, tmp_path):
     assert contents(out) == expected
 
 
+def test_what_a_killed_worker_leaves_in_the_second_pass_is_swept(raw, tmp_path):
+    config, expected = raw
+    job = make(load(DataConfig, config, [f"out={tmp_path / 'out.zarr'}"]))
+
+    def leaving_an_orphan(function, tasks, done) -> None:
+        execute(function, tasks, done)
+        folder = job.store / "n005" / "pos" / "c" / "0" / "0"
+        if folder.is_dir():
+            (folder / "0.12345.tmp").write_bytes(b"half a shard")
+
+    pipeline.build(job, leaving_an_orphan)
+    assert contents(tmp_path / "out.zarr") == expected
+
+
 def test_a_damaged_receipt_or_shard_is_made_again(raw, tmp_path):
     config, expected = raw
     out = tmp_path / "out.zarr"
