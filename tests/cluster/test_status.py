@@ -78,10 +78,15 @@ def test_state_is_what_was_written_last(experiment, history, state, note):
     assert (member.step, member.best, member.left_s) == (None, None, None)
 
 
-def test_a_failed_member_shows_its_last_line(experiment):
+def test_a_failed_member_shows_its_error(experiment):
     _history(experiment, "started", "failed with exit code 1")
-    (experiment.run_dir(0) / "log.txt").write_text("begun\nERROR 11 steps had non-finite numbers\n\n")
-    assert status.read(experiment, now=START)[0].note == "ERROR 11 steps had non-finite numbers"
+    log = experiment.run_dir(0) / "log.txt"
+    log.write_text("2026-11-21 07:00:00,000 INFO step 120, epoch 1.00 of 4\n")
+    assert status.read(experiment, now=START)[0].note == "failed with exit code 1"
+    # as training leaves it (tests/training/test_failures.py)
+    error = "2026-11-21 07:00:01,000 ERROR 11 steps had non-finite numbers"
+    log.write_text(f"{log.read_text()}{error}\n\n")
+    assert status.read(experiment, now=START)[0].note == error
 
 
 def test_a_folder_without_experiment_is_refused(tmp_path):
