@@ -1,7 +1,7 @@
 """What crosses every border: structures in, predictions out.
 
 Dimension letters, the same everywhere:
-B structures, A atoms of the batch (all of them, flat), N atoms of one structure, K neighbour slots of an atom,
+B structures, A atoms of the batch (all of them, flat), N atoms of each structure, K neighbour slots of an atom,
 E elements, L levels of theory, Lf levels with forces, T additive terms of the energy (HIP-NN's orders), F features.
 """
 
@@ -90,7 +90,7 @@ class AtomsBatch:
         return AtomsBatch(
             species=self.species.to(device=device, non_blocking=True),
             pos=move(self.pos),
-            topology=self.topology.to(device),
+            topology=self.topology.to(device, dtype),
             energy=move(self.energy),
             forces=move(self.forces),
             weight=move(self.weight),
@@ -108,3 +108,5 @@ class Prediction:
     """[A, Lf, 3] eV/Å for the force levels asked for."""
     terms: Tensor
     """[A, T, L] eV: additive contributions of each atom, `energy` is their sum."""
+    stress: Tensor | None = None
+    """[B, Lf, 3, 3] eV/Å³ for the levels of `forces`, where asked for: dE/dstrain by volume, positive under tension."""

@@ -132,12 +132,28 @@ class EngineSection(Section):
     """A collective that waits longer than this ends the run."""
 
 
+MODEL_LIMITS = {
+    "rotation": "energies follow a rotation of the structure only approximately",
+    "reflection": "a structure and its mirror image have different energies",
+    "additivity": "structures far apart from each other still interact",
+    "smooth_cutoff": "energies or forces jump where an atom crosses the cutoff",
+    "conservative": "forces are not the gradient of the energy",
+    "periodic": "molecules only",
+}
+"""Properties that a model may lack by design, with what that means for its user."""
+
+
 class ModelSection(Section):
     """Base of every model's `Config`; `kind` is the module name in `hpcmlip/models/`."""
 
     kind: str
     cutoff: Positive
     """Å."""
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """What potentials of these settings do not satisfy by design -> why; for keys see `MODEL_LIMITS`."""
+        return {}
 
 
 class RunConfig(Section):

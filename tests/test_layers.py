@@ -13,7 +13,7 @@ SOURCES["hpcmlip.configs"] = ROOT / "configs"
 # lowest first; a module may import from lower layers and from its own
 LAYERS = [
     {"hpcmlip", "hpcmlip.units", "hpcmlip.errors"},
-    {"hpcmlip.graph", "hpcmlip.batch", "hpcmlip.plugins", "hpcmlip.explain", "hpcmlip.config"},
+    {"hpcmlip.graph", "hpcmlip.neighbours", "hpcmlip.batch", "hpcmlip.plugins", "hpcmlip.explain", "hpcmlip.config"},
     {"hpcmlip.rendezvous", "hpcmlip.dist", "hpcmlip.configs", "hpcmlip.slurm"},
     {"hpcmlip.models", "hpcmlip.data"},
     {"hpcmlip.training"},

@@ -17,18 +17,9 @@ from torch.nn.functional import linear, one_hot, softplus
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import Count, ModelSection, Positive
 from hpcmlip.graph import Graph
-from hpcmlip.units import KCAL_PER_MOL
+from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, cosine_cutoff, energy_head
 
 COMPONENT = "HIP-NN and HIP-NN-TS: hierarchical atomic energies, tensor sensitivities up to lmax 2"
-
-HEAD_UNIT = KCAL_PER_MOL
-"""eV. Heads give kcal/mol, converted at once: with O(1) weights the energies start and learn at the scale for which
-the usual learning rates and the damping of the heads were found, and weights of hippynn runs in kcal/mol fit."""
-
-HEAD_DAMPING = 1e-2
-"""Weights of the heads after the first start at this fraction of the usual initialisation: training starts at the
-fitted E0. Their biases (some 0.1 kcal/mol an atom) are not damped, other than in hippynn: gradients of biases are
-cancelling sums over all atoms, and a tensor that starts near 0 would show their rounding a hundredfold."""
 
 
 class Config(ModelSection):
@@ -68,7 +59,7 @@ class Net(nn.Module):
 
     def __init__(self, config: Config, spec: DataSpec):
         super().__init__()
-        self.lmax, self.cutoff = config.lmax, config.cutoff
+        self.lmax, self.cutoff, self.num_elements = config.lmax, config.cutoff, len(spec.elements)
         widths = [len(spec.elements)] + [config.features] * config.interactions
         wrap = Residual if config.resnet else Plain
         self.blocks = nn.ModuleList(
@@ -78,15 +69,14 @@ class Net(nn.Module):
             )
             for num_in in widths[:-1]
         )
-        # a buffer: it comes from the data and is never trained
-        self.register_buffer("e0", torch.tensor(spec.residual / HEAD_UNIT, dtype=torch.float32))  # [L, E]
-        self.heads = nn.ModuleList(_head(config.features, len(spec.levels)) for _ in range(config.interactions))
+        self.offset = AtomicOffset(spec)
+        self.heads = nn.ModuleList(energy_head(config.features, len(spec.levels)) for _ in range(config.interactions))
 
     def forward(self, species: Tensor, graph: Graph) -> Tensor:
         """[A] element indices -> [A, T, L] eV, T = 1 + number of blocks."""
-        z = one_hot(species, self.e0.shape[1]).to(graph.dist.dtype)
+        z = one_hot(species, self.num_elements).to(graph.dist.dtype)
         angular = harmonics(graph, self.lmax) * cosine_cutoff(graph, self.cutoff)[..., None]
-        terms = [linear(z, self.e0)]
+        terms = [self.offset(species)]
         for (interaction, *atom_layers), head in zip(self.blocks, self.heads, strict=True):
             z = interaction(z, graph, angular)
             for layer in atom_layers:
@@ -170,11 +160,6 @@ def sensitivities(dist: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     return torch.exp(-0.5 * u * u)
 
 
-def cosine_cutoff(graph: Graph, cutoff: float) -> Tensor:
-    """[A, K] cos^2(pi r / 2R), 0 where there is no neighbour."""
-    return torch.where(graph.mask, torch.cos(graph.dist * (0.5 * math.pi / cutoff)).square(), 0.0)
-
-
 def harmonics(graph: Graph, lmax: int) -> Tensor:
     """[A, K, (lmax + 1)^2] of unit vectors u: 1; u; the traceless tensor u u^T - 1/3 in an orthonormal basis.
 
@@ -200,11 +185,3 @@ def _dense(features: int, num_in: int | None = None) -> nn.Linear:
     layer = nn.Linear(num_in or features, features, dtype=torch.float32)
     nn.init.xavier_normal_(layer.weight)
     return layer
-
-
-def _head(features: int, num_levels: int) -> nn.Linear:
-    """[A, F] -> [A, L]: the heads of all levels for one block; each level has its own row."""
-    head = nn.Linear(features, num_levels, dtype=torch.float32)
-    with torch.no_grad():
-        head.weight *= HEAD_DAMPING
-    return head

@@ -16,8 +16,8 @@ def load_hippynn_state(net: Net, network: Mapping[str, Any], heads: Sequence[Map
     The elements must stand in the same order as in hippynn's species list (less its padding species 0). Heads are taken
     to give kcal/mol, as in hippynn's examples. Raises DataError if a weight is missing, left over or of another shape.
     """
-    if len(heads) != net.e0.shape[0]:
-        raise DataError(f"expected the state of {net.e0.shape[0]} energy heads, one a level, got {len(heads)}")
+    if len(heads) != net.offset.e0.shape[0]:
+        raise DataError(f"expected the state of {net.offset.e0.shape[0]} energy heads, one a level, got {len(heads)}")
     rest = dict(network)
     with torch.no_grad():
         for b, block in enumerate(net.blocks):
@@ -51,7 +51,7 @@ def _copy_layer(layer: nn.Module, rest: dict[str, Any], prefix: str) -> None:
 
 
 def _copy_head(net: Net, level: int, state: dict[str, Tensor]) -> None:
-    _copy(net.e0[level], state, "layers.0.weight")
+    _copy(net.offset.e0[level], state, "layers.0.weight")
     for n, head in enumerate(net.heads, start=1):
         _copy(head.weight[level], state, f"layers.{n}.weight")
         _copy(head.bias[level : level + 1], state, f"layers.{n}.bias")

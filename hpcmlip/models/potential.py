@@ -1,9 +1,15 @@
-"""`Potential`: a network of atomic energies turned into energies and conservative forces.
+"""`Potential`: a network of atomic energies turned into energies, conservative forces and stress.
 
-Forces are taken inside `forward`, so that a wrapper such as the DeepSpeed engine sees one call with one backward pass.
+Derivatives are taken inside `forward`, so that a wrapper such as the DeepSpeed engine sees one call with one backward
+pass.
+
+A network is the `Net` of a module in `hpcmlip/models/`: `Net(config, spec)`, called with element indices [A] and a
+`Graph`, returns the energies [A, T, L] eV of the atoms in additive terms. A network that predicts forces by itself
+(its config then names the limit "conservative") returns (energies, forces [A, L, 3] eV/Å).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +17,7 @@ from torch import Tensor, nn
 from hpcmlip import plugins
 from hpcmlip.batch import AtomsBatch, DataSpec, Prediction
 from hpcmlip.config import ModelSection
+from hpcmlip.errors import DataError
 
 
 class Potential(nn.Module):
@@ -27,51 +34,129 @@ class Potential(nn.Module):
             torch.default_generator.manual_seed(seed)
             self.net = net_cls(config, spec)
 
-    def forward(self, blocks: Sequence[AtomsBatch], *, force_levels: Sequence[int] | None = None) -> list[Prediction]:
+    @property
+    def is_conservative(self) -> bool:
+        """Are the forces the gradient of the energy?"""
+        return "conservative" not in self.config.limits
+
+    def forward(
+        self, blocks: Sequence[AtomsBatch], *, force_levels: Sequence[int] | None = None, stress: bool = False
+    ) -> list[Prediction]:
         """One prediction per block: energies [B, L] eV and forces [A, len(force_levels), 3] eV/Å, F = -dE/dpos.
 
-        `force_levels` are indices into `spec.levels` (None: `spec.force_levels`; empty: no forces). One reverse pass a
+        `force_levels` are indices into `spec.levels` (None: `spec.force_levels`; empty: no forces). With `stress` the
+        predictions of periodic blocks have [B, len(force_levels), 3, 3] eV/Å³ of the same levels. One reverse pass a
         level serves all blocks together, since structures do not interact. In training mode (and where gradients are
         on) the result can be differentiated, and a level without a force label in any of the blocks is left out: its
-        plane is 0. In evaluation mode the result carries no graph if forces were asked for.
+        plane is 0. In evaluation mode the result carries no graph if forces were asked for. Raises DataError for a
+        periodic block if the model is for molecules only, or if stress is asked of a model that is not conservative.
         """
         levels = self.spec.force_levels if force_levels is None else tuple(force_levels)
         differentiable = self.training and torch.is_grad_enabled()
+        self._check(blocks, stress)
         if not levels:
-            return [self._energies(block, block.pos) for block in blocks]
+            return [_plain(self._evaluate(_Leaves(block, block.pos))) for block in blocks]
+        if not self.is_conservative:
+            return [_direct(self._evaluate(_Leaves(block, block.pos)), levels, differentiable) for block in blocks]
         with torch.enable_grad():
-            positions = [
-                block.pos if block.pos.requires_grad else block.pos.detach().requires_grad_() for block in blocks
-            ]
-            energies = [self._energies(block, pos) for block, pos in zip(blocks, positions, strict=True)]
+            leaves = [_leaves(block, stress) for block in blocks]
+            said = [self._evaluate(leaf) for leaf in leaves]
             wanted = [level for level in levels if not (self.training and _unlabelled(self.spec, blocks, level))]
-            forces = {}
+            slopes = {}
             for n, level in enumerate(wanted, start=1):
                 # the graph serves the other levels and, in training, the loss; else it is freed on the way
                 keep = differentiable or n < len(wanted)
-                forces[level] = _forces(energies, positions, level, create_graph=differentiable, retain_graph=keep)
-        planes = [
-            [forces[level][i] if level in forces else torch.zeros_like(pos) for level in levels]
-            for i, pos in enumerate(positions)
-        ]
+                slopes[level] = _slopes(said, leaves, level, create_graph=differentiable, retain_graph=keep)
         return [
             Prediction(
-                energy=e.energy if differentiable else e.energy.detach(),
-                forces=torch.stack(plane, dim=1),
-                terms=e.terms if differentiable else e.terms.detach(),
+                energy=s.energy if differentiable else s.energy.detach(),
+                forces=_planes([-slopes[v][i].pos if v in slopes else None for v in levels], leaf.pos),
+                terms=s.terms if differentiable else s.terms.detach(),
+                stress=None
+                if leaf.strain is None
+                else _planes([slopes[v][i].strain if v in slopes else None for v in levels], leaf.strain)
+                / torch.linalg.det(leaf.block.topology.cell).abs()[:, None, None, None],
             )
-            for e, plane in zip(energies, planes, strict=True)
+            for i, (s, leaf) in enumerate(zip(said, leaves, strict=True))
         ]
 
-    def _energies(self, block: AtomsBatch, pos: Tensor) -> Prediction:
-        terms = self.net(block.species, block.topology.graph(pos, self.config.cutoff))
-        return Prediction(energy=block.topology.sum_atoms(terms.sum(dim=1)), forces=None, terms=terms)
+    def _check(self, blocks: Sequence[AtomsBatch], stress: bool) -> None:
+        limits = self.config.limits
+        if "periodic" in limits and any(block.topology.cell is not None for block in blocks):
+            raise DataError(f"model '{self.config.kind}' does not compute periodic structures: {limits['periodic']}")
+        if stress and not self.is_conservative:
+            raise DataError(f"model '{self.config.kind}' gives no stress: {limits['conservative']}")
+
+    def _evaluate(self, leaf: "_Leaves") -> "_Said":
+        pos, topology = leaf.pos, leaf.block.topology
+        if leaf.strain is not None:
+            strain = (leaf.strain + leaf.strain.transpose(1, 2)) / 2
+            pos = pos + torch.bmm(topology.by_structure(pos), strain).flatten(0, 1)
+            topology = topology.strained(strain)
+        out = self.net(leaf.block.species, topology.graph(pos, self.config.cutoff))
+        terms, forces = out if isinstance(out, tuple) else (out, None)
+        return _Said(topology.sum_atoms(terms.sum(dim=1)), terms, forces)
 
 
-def _forces(energies: Sequence[Prediction], positions: Sequence[Tensor], level: int, **options: bool) -> list[Tensor]:
-    """-dE/dpos [A, 3] of one level, for each block; `options` are those of autograd."""
-    total = sum(e.energy[:, level].sum() for e in energies)
-    return [-gradient for gradient in torch.autograd.grad(total, positions, **options)]
+@dataclass(frozen=True)
+class _Leaves:
+    """What the energies of a block are differentiated by."""
+
+    block: AtomsBatch
+    pos: Tensor
+    strain: Tensor | None = None
+    """[B, 3, 3], zeros."""
+
+
+def _leaves(block: AtomsBatch, stress: bool) -> _Leaves:
+    pos = block.pos if block.pos.requires_grad else block.pos.detach().requires_grad_()
+    strained = stress and block.topology.cell is not None
+    return _Leaves(block, pos, pos.new_zeros(block.num_structures, 3, 3).requires_grad_() if strained else None)
+
+
+@dataclass(frozen=True)
+class _Said:
+    energy: Tensor
+    """[B, L] eV."""
+    terms: Tensor
+    """[A, T, L] eV."""
+    forces: Tensor | None
+    """[A, L, 3] eV/Å of a network that predicts them by itself."""
+
+
+@dataclass(frozen=True)
+class _Slope:
+    """dE/dpos [A, 3] and dE/dstrain [B, 3, 3] of one level of a block."""
+
+    pos: Tensor
+    strain: Tensor | None
+
+
+def _slopes(said: Sequence[_Said], leaves: Sequence[_Leaves], level: int, **options: bool) -> list[_Slope]:
+    """Of each block; `options` are those of autograd."""
+    total = sum(s.energy[:, level].sum() for s in said)
+    strains = [leaf.strain for leaf in leaves if leaf.strain is not None]
+    found = torch.autograd.grad(
+        total, [leaf.pos for leaf in leaves] + strains, allow_unused=True, materialize_grads=True, **options
+    )
+    by_strain = iter(found[len(leaves) :])
+    return [
+        _Slope(slope, None if leaf.strain is None else next(by_strain))
+        for slope, leaf in zip(found, leaves, strict=False)
+    ]
+
+
+def _planes(planes: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    return torch.stack([torch.zeros_like(like) if plane is None else plane for plane in planes], dim=1)
+
+
+def _plain(said: _Said) -> Prediction:
+    return Prediction(said.energy, None, said.terms)
+
+
+def _direct(said: _Said, levels: Sequence[int], differentiable: bool) -> Prediction:
+    found = (said.energy, said.forces[:, list(levels)], said.terms)
+    return Prediction(*(x if differentiable else x.detach() for x in found))
 
 
 def _unlabelled(spec: DataSpec, blocks: Sequence[AtomsBatch], level: int) -> bool:

@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from hpcmlip.models import hipnn
+from hpcmlip.models import hipnn, layers
 from hpcmlip.models.hipnn import HEAD_UNIT, Config, Net
 from hpcmlip.models.potential import Potential
 
@@ -17,7 +17,7 @@ def meaningful(potential: Potential) -> Potential:
     """Float64 and training mode, heads not damped."""
     with torch.no_grad():
         for head in potential.double().net.heads:
-            head.weight /= hipnn.HEAD_DAMPING
+            head.weight /= layers.HEAD_DAMPING
     return potential.train()
 
 
@@ -49,7 +49,7 @@ def test_number_of_parameters(features, interactions, atom_layers, expected):
     config = Config(features=features, interactions=interactions, atom_layers=atom_layers)
     net = Net(config, molecules.spec(["one"]))
     # the frozen head 0 is a buffer here, a parameter in the published counts
-    assert sum(p.numel() for p in net.parameters()) + net.e0.numel() == expected
+    assert sum(p.numel() for p in net.parameters()) + net.offset.e0.numel() == expected
 
 
 def test_initial_weights_have_the_published_spread():
@@ -133,7 +133,7 @@ def test_levels_of_equal_heads_agree():
     with torch.no_grad():
         for head in potential.net.heads:
             head.weight[1], head.bias[1] = head.weight[0], head.bias[0]
-        potential.net.e0[1] = potential.net.e0[0]
+        potential.net.offset.e0[1] = potential.net.offset.e0[0]
     prediction = potential([molecules.batch(molecules.real("C2H6O1", slice(0, 2)))])[0]
     assert torch.equal(prediction.energy[:, 0], prediction.energy[:, 1])
     assert torch.equal(prediction.forces[:, 0], prediction.forces[:, 1])
