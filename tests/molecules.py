@@ -11,6 +11,7 @@ from torch import Tensor
 from hpcmlip import configs
 from hpcmlip.batch import AtomsBatch, DataSpec
 from hpcmlip.graph import DenseTopology
+from hpcmlip.neighbours import neighbour_lists
 
 ELEMENTS = (1, 6, 7, 8)
 
@@ -39,19 +40,45 @@ def real(formula: str, rows: slice | Sequence[int] = slice(0, 1), path: Path | N
         return [(numbers, pos) for pos in group["coordinates"][rows].astype(np.float64)]
 
 
-def batch(molecules: Sequence[Molecule], dtype: torch.dtype = torch.float64) -> AtomsBatch:
-    """One block of molecules of one size, without labels."""
+def batch(
+    molecules: Sequence[Molecule],
+    dtype: torch.dtype = torch.float64,
+    *,
+    reach: float | None = None,
+    cell: np.ndarray | None = None,
+) -> AtomsBatch:
+    """One block of molecules of one size, without labels.
+
+    With `reach` (Å) in the form of neighbour lists; with `cell` [3, 3] Å each repeats along all three vectors.
+    """
     numbers = np.concatenate([numbers for numbers, _ in molecules])
     pos = np.concatenate([pos for _, pos in molecules])
+    B, N = len(molecules), len(molecules[0][0])
+    topology = DenseTopology(B, N)
+    if reach is not None:
+        lattice = {} if cell is None else {"cell": np.stack([cell] * B), "pbc": np.ones((B, 3), dtype=bool)}
+        topology = neighbour_lists(pos.reshape(B, N, 3), reach, **lattice).to(dtype=dtype)
     return AtomsBatch(
         species=torch.tensor([ELEMENTS.index(z) for z in numbers]),
         pos=torch.tensor(pos, dtype=dtype).reshape(-1, 3),
-        topology=DenseTopology(len(molecules), len(molecules[0][0])),
+        topology=topology,
         energy=None,
         forces=None,
-        weight=torch.ones(len(molecules), dtype=dtype),
-        source=np.zeros((len(molecules), 4), dtype=np.int64),
+        weight=torch.ones(B, dtype=dtype),
+        source=np.zeros((B, 4), dtype=np.int64),
     )
+
+
+CELL = np.array([[3.6, 0.0, 0.0], [0.4, 3.3, 0.0], [-0.3, 0.5, 3.9]])
+"""Å; holds a water molecule; most cutoffs reach beyond the next image."""
+
+
+def crystal(repeats: Sequence[int] = (1, 1, 1)) -> tuple[Molecule, np.ndarray]:
+    """Water molecules on a lattice: atoms of a supercell of `repeats` cells along each vector, and its cell."""
+    numbers, pos = real("H2O1")[0]
+    steps = np.array(list(np.ndindex(*repeats)))
+    copies = [pos + step @ CELL for step in steps]
+    return (np.tile(numbers, len(steps)), np.concatenate(copies)), CELL * np.array(repeats)[:, None]
 
 
 def ideal() -> dict[str, Molecule]:

@@ -3,6 +3,7 @@
 A new model needs no edit. If its default settings are large, `models/KIND.yaml` beside this file names smaller ones.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import molecules
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from hpcmlip import plugins
-from hpcmlip.config import ModelSection
+from hpcmlip.config import MODEL_LIMITS, ModelSection
 from hpcmlip.models.potential import Potential
 
 
@@ -32,6 +33,23 @@ VARIANTS = _variants()
 def config(request) -> ModelSection:
     kind, settings = VARIANTS[request.param]
     return plugins.find("models", kind).Config(kind=kind, **settings)
+
+
+@pytest.fixture
+def contract(config):
+    """`with contract("rotation"): ...` around assertions: they must hold, or fail if the settings state that limit."""
+    unknown = set(config.limits) - set(MODEL_LIMITS)
+    assert not unknown, f"limits of no known name: {unknown}"
+
+    @contextmanager
+    def promise(*names: str):
+        if not set(names) & set(config.limits):
+            yield
+            return
+        with pytest.raises(AssertionError):
+            yield
+
+    return promise
 
 
 @pytest.fixture

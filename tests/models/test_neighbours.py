@@ -1,0 +1,72 @@
+"""Neighbour lists against those of ASE, another implementation; cells of all kinds."""
+
+import ase.neighborlist
+import molecules
+import numpy as np
+import pytest
+import torch
+
+from hpcmlip.graph import DenseTopology, ListTopology
+from hpcmlip.neighbours import neighbour_lists, topology
+
+CELLS = {
+    "cubic": 12.9 * np.eye(3),
+    "skewed": molecules.CELL,
+    "flat": np.array([[3.0, 0.0, 0.0], [1.4, 2.8, 0.0], [0.2, -0.3, 2.5]]),
+    "left_handed": np.array([[0.0, 4.0, 0.3], [4.2, 0.0, 0.0], [0.1, 0.0, 3.7]]),
+}
+PERIODIC = {"all": (True, True, True), "slab": (True, True, False), "wire": (False, True, False)}
+
+
+def edges_of(lists: ListTopology, pos: np.ndarray) -> set[tuple]:
+    graph = lists.graph(torch.tensor(pos), lists.reach)
+    slots = graph.mask.nonzero().tolist()
+    rounded = graph.vec.numpy().round(6) + 0.0
+    return {(i, int(lists.neighbours[i, k]), *rounded[i, k]) for i, k in slots}
+
+
+@pytest.mark.parametrize("pbc", PERIODIC)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_edges_are_those_of_ase(cell, pbc):
+    rng, reach = np.random.default_rng(3), 5.2
+    pos = (rng.random((6, 3)) * 3 - 1) @ CELLS[cell]  # inside and outside of the cell
+    lists = neighbour_lists(pos[None], reach, cell=CELLS[cell][None], pbc=np.array([PERIODIC[pbc]]))
+    i, j, vec = ase.neighborlist.primitive_neighbor_list("ijD", PERIODIC[pbc], CELLS[cell], pos, reach)
+    expected = {(int(a), int(b), *v) for a, b, v in zip(i, j, vec.round(6) + 0.0, strict=True)}
+    assert edges_of(lists, pos) == expected and len(expected) == len(i) > 0
+
+
+def test_every_edge_has_its_reverse():
+    (_, pos), cell = molecules.crystal()
+    lists = neighbour_lists(pos[None], 6.0, cell=cell[None], pbc=np.ones((1, 3), dtype=bool))
+    graph = lists.graph(torch.tensor(pos), 6.0)
+    assert torch.equal(graph.swap(graph.vec)[graph.mask], -graph.vec[graph.mask])
+    flat = lists.reverse.flatten()
+    assert torch.equal(flat[flat], torch.arange(len(flat)))
+    image_of_itself = (lists.neighbours == torch.arange(3)[:, None]) & lists.valid
+    assert image_of_itself.any()
+
+
+def test_a_missing_lattice_vector_is_needed_only_where_it_repeats():
+    pos, cell = np.zeros((1, 1, 3)), np.zeros((1, 3, 3))
+    cell[0, :2, :2] = [[2.5, 0.0], [1.0, 2.5]]
+    lists = neighbour_lists(pos, 2.6, cell=cell, pbc=np.array([[True, True, False]]))
+    assert int(lists.valid.sum()) == 2
+    assert torch.linalg.det(lists.cell)[0].abs() == pytest.approx(6.25)
+    with pytest.raises(ValueError, match="no volume"):
+        neighbour_lists(pos, 2.6, cell=cell, pbc=np.ones((1, 3), dtype=bool))
+
+
+def test_the_form_follows_from_size_and_period():
+    small, large = np.zeros((2, 64, 3)), np.random.default_rng(0).random((1, 65, 3)) * 20
+    assert isinstance(topology(small, 5.0), DenseTopology)
+    assert isinstance(topology(large, 5.0), ListTopology)
+    pbc = np.array([[False] * 3, [True] * 3])
+    mixed = topology(small[:, :1], 3.0, cell=np.stack([4 * np.eye(3)] * 2), pbc=pbc)
+    assert isinstance(mixed, ListTopology) and not mixed.valid.any()
+
+
+def test_a_model_that_looks_further_than_the_lists_is_refused():
+    lists = neighbour_lists(np.zeros((1, 1, 3)), 3.0)
+    with pytest.raises(ValueError, match=r"reach 3.0 Å, the model asks for 5.0 Å"):
+        lists.graph(torch.zeros(1, 3), 5.0)
