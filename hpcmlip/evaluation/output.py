@@ -12,11 +12,12 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from hpcmlip.config import MODEL_LIMITS
 from hpcmlip.data.store import energy_bit, forces_bit
 from hpcmlip.errors import RunError
 from hpcmlip.evaluation import conformers, plots, predictions, report, table
 from hpcmlip.evaluation.figures import CONFIDENCE
-from hpcmlip.evaluation.members import Found, Member
+from hpcmlip.evaluation.members import Ensemble, Found, Member
 from hpcmlip.evaluation.task import Task
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def describe(task: Task, found: Found, unit: str) -> dict:
         "confidence": CONFIDENCE,
         "trained": task.ensemble.first.trained,
         "split": {"name": task.split, **meta.split},
-        "notes": notes(task.split, meta.split, store.digest, trained_on),
+        "notes": notes(task.split, meta.split, store.digest, trained_on) + limits(task.ensemble),
         "num_structures": task.dataset.count(task.split),
         "store": {
             "path": str(store.path),
@@ -147,6 +148,16 @@ def _training(config: dict) -> dict:
         "epochs": f"at most {train['epochs']}",
         "micro-batches a step": f"{train['micro_batches_per_step']} of {config['data']['pairs_per_batch']} pairs",
     }
+
+
+def limits(ensemble: Ensemble) -> list[str]:
+    """What the models do not satisfy by design."""
+    models = {member.potential.config.kind: member.potential.config for member in ensemble.members}
+    return [
+        f"Model {kind}: {MODEL_LIMITS[name]} ({reason})."
+        for kind, config in models.items()
+        for name, reason in config.limits.items()
+    ]
 
 
 def _about(member: Member) -> dict:
