@@ -3,6 +3,7 @@
 A new model needs no edit. If its default settings are large, `models/KIND.yaml` beside this file names smaller ones.
 """
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,23 +17,33 @@ from hpcmlip.config import MODEL_LIMITS, ModelSection
 from hpcmlip.models.potential import Potential
 
 
-def _variants() -> dict[str, tuple[str, dict]]:
-    """Test id -> (kind, settings)."""
+def _variants() -> dict[str, ModelSection]:
+    """Test id -> settings."""
     found = {}
     for kind in plugins.names("models"):
         path = Path(__file__).parent / "models" / f"{kind}.yaml"
         settings = yaml.safe_load(path.read_text()) if path.is_file() else {"defaults": {}}
-        found |= {f"{kind}-{name}": (kind, values) for name, values in settings.items()}
+        for name, values in settings.items():
+            # as a RUN.yaml is read: a YAML list may fill a tuple
+            text = json.dumps({"kind": kind, **values})
+            found[f"{kind}-{name}"] = plugins.find("models", kind).Config.model_validate_json(text)
     return found
 
 
 VARIANTS = _variants()
 
 
-@pytest.fixture(params=VARIANTS)
-def config(request) -> ModelSection:
-    kind, settings = VARIANTS[request.param]
-    return plugins.find("models", kind).Config(kind=kind, **settings)
+def pytest_generate_tests(metafunc):
+    """Every variant, of those with the limits that `@pytest.mark.limits(name=True | False)` names."""
+    if "config" not in metafunc.fixturenames:
+        return
+    wanted = {name: value for mark in metafunc.definition.iter_markers("limits") for name, value in mark.kwargs.items()}
+    chosen = {
+        test_id: config
+        for test_id, config in VARIANTS.items()
+        if all((name in config.limits) == value for name, value in wanted.items())
+    }
+    metafunc.parametrize("config", chosen.values(), ids=chosen.keys())
 
 
 @pytest.fixture

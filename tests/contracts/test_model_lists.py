@@ -58,7 +58,7 @@ def test_longer_lists_change_nothing(potential, config):
 
 @pytest.fixture
 def periodic(potential, config):
-    """A function from the repeats of the cell to a prediction; checks the refusal of models for molecules only."""
+    """A function from the repeats of the cell to a prediction."""
 
     def predict(repeats=(1, 1, 1), move=lambda pos, cell: pos, strain=None, **options):
         (numbers, pos), cell = molecules.crystal(repeats)
@@ -67,19 +67,29 @@ def periodic(potential, config):
             pos, cell = pos @ (np.eye(3) + strain), cell @ (np.eye(3) + strain)
         return potential([molecules.batch([(numbers, pos)], reach=config.cutoff, cell=cell)], **options)[0]
 
-    if "periodic" in config.limits:
-        with pytest.raises(DataError, match="does not compute periodic structures"):
-            predict()
-        pytest.skip(config.limits["periodic"])
     return predict
 
 
+@pytest.mark.limits(periodic=True)
+def test_a_model_for_molecules_refuses_a_crystal(periodic):
+    with pytest.raises(DataError, match="does not compute periodic structures"):
+        periodic()
+
+
+@pytest.mark.limits(conservative=True)
+def test_a_model_without_gradient_refuses_stress(periodic):
+    with pytest.raises(DataError, match="gives no stress"):
+        periodic(stress=True)
+
+
+@pytest.mark.limits(periodic=False)
 def test_a_supercell_is_its_cells(periodic):
     one, two = periodic(), periodic((2, 1, 1))
     close(two.energy, 2 * one.energy, 1e-11)
     close(two.forces, torch.cat([one.forces] * 2), 1e-10)
 
 
+@pytest.mark.limits(periodic=False)
 def test_atoms_may_cross_the_boundary(periodic):
     steps = np.array([[1, 0, 0], [0, -1, 2], [0, 0, 0]])
     one, other = periodic(), periodic(move=lambda pos, cell: pos + steps @ cell)
@@ -87,11 +97,8 @@ def test_atoms_may_cross_the_boundary(periodic):
     close(other.forces, one.forces, 1e-10)
 
 
-def test_stress_is_the_derivative_by_strain(potential, periodic):
-    if not potential.is_conservative:
-        with pytest.raises(DataError, match="gives no stress"):
-            periodic(stress=True)
-        return
+@pytest.mark.limits(periodic=False, conservative=False)
+def test_stress_is_the_derivative_by_strain(periodic):
     volume, h = abs(np.linalg.det(molecules.CELL)), 1e-4
     stress = periodic(stress=True).stress
     assert stress.shape == (1, 2, 3, 3)
@@ -105,9 +112,8 @@ def test_stress_is_the_derivative_by_strain(potential, periodic):
         assert_close(stress[:, :, a, b], numeric, rtol=2e-5, atol=1e-7)
 
 
-def test_forces_of_a_crystal_are_minus_the_gradient(potential, config, periodic):
-    if not potential.is_conservative:
-        pytest.skip("states that they are not")
+@pytest.mark.limits(periodic=False, conservative=False)
+def test_forces_of_a_crystal_are_minus_the_gradient(potential, config):
     (numbers, pos), cell = molecules.crystal()
     batch = molecules.batch([(numbers, pos)], reach=config.cutoff + 0.1, cell=cell)
     forces, h = potential([batch])[0].forces, 1e-4
