@@ -72,6 +72,10 @@ class Net(nn.Module):
         self.offset = AtomicOffset(spec)
         self.heads = nn.ModuleList(energy_head(config.features, len(spec.levels)) for _ in range(config.interactions))
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        """Parameters of each block, then of all heads."""
+        return [list(module.parameters()) for module in (*self.blocks, self.heads)]
+
     def forward(self, species: Tensor, graph: Graph) -> Tensor:
         """[A] element indices -> [A, T, L] eV, T = 1 + number of blocks."""
         z = one_hot(species, self.num_elements).to(graph.dist.dtype)

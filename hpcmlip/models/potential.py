@@ -5,7 +5,8 @@ pass.
 
 A network is the `Net` of a module in `hpcmlip/models/`: `Net(config, spec)`, called with element indices [A] and a
 `Graph`, returns the energies [A, T, L] eV of the atoms in additive terms. A network that predicts forces by itself
-(its config then names the limit "conservative") returns (energies, forces [A, L, 3] eV/Å).
+(its config then names the limit "conservative") returns (energies, forces [A, L, 3] eV/Å). A network whose method
+`layers()` gives its parameters, in lists from input to output, can have some of them frozen (transfer learning).
 """
 
 from collections.abc import Sequence

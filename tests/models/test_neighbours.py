@@ -70,3 +70,13 @@ def test_a_model_that_looks_further_than_the_lists_is_refused():
     lists = neighbour_lists(np.zeros((1, 1, 3)), 3.0)
     with pytest.raises(ValueError, match=r"reach 3.0 Å, the model asks for 5.0 Å"):
         lists.graph(torch.zeros(1, 3), 5.0)
+
+
+def test_atoms_far_outside_the_cell_keep_their_neighbours():
+    """As after a long unwrapped trajectory: steps beyond what a byte holds."""
+    pos = np.array([[[0.0, 0, 0], [1.0, 1.0, 1.0]]])
+    cell, pbc = 4.0 * np.eye(3)[None], np.ones((1, 3), dtype=bool)
+    moved = pos + np.array([[0.0, 0, 0], [800.0, -40000.0, 4.0]])
+    near, far = (neighbour_lists(x, 5.0, cell=cell, pbc=pbc) for x in (pos, moved))
+    distances = [lists.graph(torch.tensor(x[0]), 5.0).dist.sort().values for lists, x in ((near, pos), (far, moved))]
+    assert torch.allclose(*distances, atol=1e-9)
