@@ -7,7 +7,7 @@ folder of the YAML file they stand in (against the current directory for an over
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -38,6 +38,20 @@ LevelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_().+*-]+$")]
 SplitName = Literal["train", "val", "test"]
 
 
+def _belongs(section: Any, option: str, kinds: Sequence[str]) -> None:
+    """Raises ValueError for an option of other kinds than the section's: it would have no effect."""
+    kind = section.kind
+    if kind not in kinds and getattr(section, option) != type(section).model_fields[option].default:
+        raise ValueError(f"{option} has no effect with kind {kind}, only with {' or '.join(kinds)}: leave it out")
+
+
+def _needs(section: Any, option: str, kind: str) -> None:
+    """Raises ValueError unless the option is given with its kind, and only with it."""
+    _belongs(section, option, (kind,))
+    if section.kind == kind and getattr(section, option) is None:
+        raise ValueError(f"{kind} needs {option}")
+
+
 # ---------------------------------------------------------------------------------------------------- RUN.yaml
 
 Labels = Literal["E", "EF"]
@@ -48,12 +62,14 @@ class DataSection(Section):
     levels: Annotated[dict[LevelName, Labels], Field(min_length=1)]
     """Levels that are trained: E energies only, EF energies and forces."""
     pairs_per_batch: Count = 20000
-    """Budget of a micro-batch: sum over its structures of N² atom pairs. One with larger molecules than a block holds
-    (N² > budget / blocks_per_batch) may exceed it by one of them."""
+    """Budget of a micro-batch: sum over its structures of N² atom pairs, or 64 N in a store with periodic structures
+    and for molecules of more than 64 atoms. One with larger structures than a block holds (more pairs than budget /
+    blocks_per_batch) may exceed it by one of them."""
     blocks_per_batch: Annotated[int, Field(ge=2)] = 4
     """A micro-batch mixes about this many molecule sizes."""
     cache_mb: NonNegative = 1024
-    """Decoded chunks that a process keeps in memory, besides four of each molecule size for each stream at work."""
+    """Decoded chunks that a process keeps in memory, besides four of each molecule size for each stream at work; and
+    as much again of neighbour lists (about 0.4 MB for a periodic structure of 225 atoms), where there are any."""
 
 
 class LevelWeights(Section):
@@ -64,17 +80,30 @@ class LevelWeights(Section):
 
 
 class LossSection(Section):
-    kind: Literal["rmse_mae"] = "rmse_mae"
+    kind: Literal["rmse_mae", "mse", "mae", "log_cosh", "huber"] = "rmse_mae"
     unit: EnergyUnit = "kcal/mol"
-    """Energies enter per molecule in this unit, forces per component in this unit per Å."""
+    """Energies enter in this unit, forces per component in this unit per Å."""
+    energy_per: Literal["molecule", "atom", "sqrt_atom"] = "molecule"
+    """Energy errors of a molecule of N atoms count as they are, divided by N, or divided by N^(1/4), which makes a
+    squared error 1/√N of itself (torchani)."""
+    sharpness: Positive | None = None
+    """log_cosh: p of ln(cosh(p x)) / p, in 1/unit; about |x| beyond 1/p, a parabola within."""
+    delta: Positive | None = None
+    """huber: error in `unit` beyond which the penalty grows linearly."""
     weights: dict[LevelName, LevelWeights] = {}
     """Default 1 for each energy and each trained force, 0 for hierarchicality."""
     hierarchicality: Literal["atom", "molecule", "batch"] = "atom"
     """Variant of the regulariser (spec §1.6)."""
 
+    @model_validator(mode="after")
+    def _check(self):
+        for option, kind in (("sharpness", "log_cosh"), ("delta", "huber")):
+            _needs(self, option, kind)
+        return self
+
 
 class ScheduleSection(Section):
-    kind: Literal["constant", "plateau", "cosine", "exponential", "one_cycle"] = "plateau"
+    kind: Literal["constant", "plateau", "cosine", "exponential", "one_cycle", "one_cycle_linear"] = "plateau"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear rise from 0 before the schedule proper."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -82,18 +111,37 @@ class ScheduleSection(Section):
     patience: Count = 15
     """plateau: validations without improvement before the rate falls."""
     min_lr: NonNegative = 0.0
-    """plateau: training ends when the rate falls below; cosine, one_cycle: rate at the end."""
+    """plateau: training ends when the rate falls below; cosine, one_cycle, one_cycle_linear: rate at the end."""
     decay_epochs: Positive = 10.0
     """exponential: epochs in which the rate falls by `factor`."""
+    staircase: bool = False
+    """exponential: the rate falls at once every `decay_epochs` and is constant between."""
+    start_lr: Positive | None = None
+    """one_cycle, one_cycle_linear: rate at the start; none: lr / 25."""
     rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """one_cycle: part of the run in which the rate rises (from lr / 25) to lr."""
+    """one_cycle: part of the cycle in which the rate rises from `start_lr` to lr, to fall to `min_lr` in the rest;
+    one_cycle_linear: to fall as fast back to `start_lr`, and to `min_lr` in the rest; at most 0.5."""
+    per: Literal["run", "epoch"] = "run"
+    """one_cycle, one_cycle_linear: one cycle a run, or one in each epoch."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        cycles = ("one_cycle", "one_cycle_linear")
+        for option, kinds in (("staircase", ("exponential",)), ("start_lr", cycles), ("per", cycles)):
+            _belongs(self, option, kinds)
+        if self.kind == "one_cycle_linear" and self.rise > 0.5:
+            raise ValueError(f"rise is {self.rise:g}, but one_cycle_linear falls as long as it rises: at most 0.5")
+        if self.per == "epoch" and self.warmup_steps:
+            raise ValueError("a cycle in each epoch begins low by itself: set warmup_steps to 0")
+        return self
 
 
 class OptimSection(Section):
-    kind: Literal["adam", "adamw"] = "adam"
+    kind: Literal["adam", "adamw", "yogi"] = "adam"
     lr: Positive = 5.0e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1.0e-8
+    """Added to the root of the second moment; 1e-3 is usual for yogi."""
     weight_decay: NonNegative = 0.0
     clip_norm: NonNegative = 0.0
     """Gradient norm is clipped to this; 0 does not clip."""
@@ -132,6 +180,17 @@ class EngineSection(Section):
     """A collective that waits longer than this ends the run."""
 
 
+class TransferSection(Section):
+    """A start from the weights of a trained model with the same settings."""
+
+    model: Path
+    """Run directory of the trained model, or its model.json."""
+    freeze: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers that stay as they are, counted from 0 at the input."""
+    level: LevelName | None = None
+    """Level of the trained model from which levels start that it lacks; its only level if it has one."""
+
+
 MODEL_LIMITS = {
     "rotation": "energies follow a rotation of the structure only approximately",
     "reflection": "a structure and its mirror image have different energies",
@@ -159,7 +218,7 @@ class ModelSection(Section):
 class RunConfig(Section):
     """RUN.yaml: one training run."""
 
-    path_keys = frozenset({"data.stores"})
+    path_keys = frozenset({"data.stores", "transfer.model"})
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
     data: DataSection
     model: SerializeAsAny[ModelSection]
@@ -167,6 +226,7 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
+    transfer: TransferSection | None = None
 
     @field_validator("model", mode="wrap")
     @classmethod
@@ -192,6 +252,8 @@ class RunConfig(Section):
             raise ValueError("every weight in loss.weights is 0: nothing would be trained")
         if self.optim.schedule.min_lr >= self.optim.lr:
             raise ValueError(f"optim.schedule.min_lr is {self.optim.schedule.min_lr:g}, not below optim.lr")
+        if (self.optim.schedule.start_lr or 0.0) > self.optim.lr:
+            raise ValueError(f"optim.schedule.start_lr is {self.optim.schedule.start_lr:g}, above optim.lr")
         return self
 
     def weights(self, level: str) -> LevelWeights:
@@ -236,6 +298,18 @@ def load(cls: type[ConfigT], path: Path | str, overrides: Sequence[str] = ()) ->
             raise ConfigError(f"'{text}' is not of the form key=value")
         _set(values, key.split("."), _resolve(cls, key, _parse(value, f"override '{text}'"), Path.cwd()))
     return from_values(cls, values, path.parent, where=str(path))
+
+
+def changed(config: ConfigT, changes: Mapping[str, Any], folder: Path, *, where: str) -> ConfigT:
+    """`config` with other values at dotted keys; relative paths among them resolve against `folder`."""
+    # what was not set is left out: a default may belong to a kind that is changed
+    values = json.loads(config.model_dump_json(exclude_unset=True))
+    for key, value in changes.items():
+        try:
+            _set(values, key.split("."), value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return from_values(type(config), values, folder, where=where)
 
 
 def from_values(cls: type[ConfigT], values: dict, folder: Path, *, where: str) -> ConfigT:

@@ -22,14 +22,11 @@ from hpcmlip.config import OptimSection, RunConfig
 from hpcmlip.dist import World
 from hpcmlip.training.errors import batch_errors
 from hpcmlip.training.objective import Objective, surrogate
+from hpcmlip.training.optimizers import MOMENTS, OPTIMIZERS, initial_state
 
 log = logging.getLogger(__name__)
 
 MicroBatch = tuple[AtomsBatch, ...]
-
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What the optimizers keep for each parameter, besides the number of updates."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class StepResult:
     """What all ranks know after a step."""
 
     loss: float
-    """Objective of the step in `loss.unit`; not finite for a bad step."""
+    """Objective of the step in `Objective.unit`; not finite for a bad step."""
     applied: bool
     """Were the weights updated?"""
     flags: tuple[float, ...]
@@ -126,6 +123,11 @@ class Engine:
         """Trainable parameters of the potential by name; at these stages every rank holds them whole."""
         return {n: p for n, p in self.objective.potential.named_parameters() if p.requires_grad}
 
+    def constants(self) -> dict[str, Tensor]:
+        """What of the potential's state is not trained, on the CPU: frozen parameters and buffers."""
+        state, trained = self.objective.potential.state_dict(), self.parameters()
+        return {name: tensor.cpu().contiguous() for name, tensor in state.items() if name not in trained}
+
     def gather_state(self) -> dict[str, dict[str, Tensor]]:
         """{"master" | moment: {parameter: fp32 tensor on the CPU}}, whole on every rank. A collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -166,7 +168,7 @@ class Engine:
         """Make the optimizer's state now: torch does it at the first update, too late for restoring into it."""
         for group in self._inner.param_groups:
             for p in group["params"]:
-                self._inner.state[p] = {"step": torch.tensor(0.0)} | {key: torch.zeros_like(p.data) for key in MOMENTS}
+                self._inner.state[p] = initial_state(self._inner, p)
         if self._stage != 0:
             # tells the parameters where their pieces lie in the flat state; DeepSpeed calls it after the first update
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()

@@ -42,15 +42,22 @@ def error_sums(spec: DataSpec, batch: AtomsBatch, prediction: Prediction) -> Ten
 
 
 def penalty_sums(
-    spec: DataSpec, batch: AtomsBatch, prediction: Prediction, penalties: Sequence[Penalty], *, unit: float = 1.0
+    spec: DataSpec,
+    batch: AtomsBatch,
+    prediction: Prediction,
+    penalties: Sequence[Penalty],
+    *,
+    unit: float = 1.0,
+    size_power: float = 0.0,
 ) -> Tensor:
     """[L, 2, 1 + P] float64: count and the sum of each penalty of the errors, per level and property; differentiable.
 
-    `unit` is the size in eV of the energy unit in which the penalties see the errors.
+    `unit` is the size in eV of the energy unit in which the penalties see the errors. Energy errors of a structure of N
+    atoms are divided by N^`size_power` before.
     """
     errors = batch_errors(batch, prediction)
     sums = torch.zeros(len(spec.levels), 2, 1 + len(penalties), dtype=torch.float64, device=batch.pos.device)
-    energy = _column_sums(*errors["energy"], penalties, unit)
+    energy = _column_sums(*errors["energy"], penalties, unit * batch.topology.num_atoms**size_power)
     sums = sums.index_copy(1, _index([0], sums), energy[:, None])
     if "forces" in errors and spec.force_levels:
         error, mask = (x.transpose(1, 2).flatten(0, 1) for x in errors["forces"])  # [A * 3, Lf]

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from hpcmlip import dist
-from hpcmlip.config import RunConfig
+from hpcmlip.config import MODEL_LIMITS, RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.dist import World
 from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
 from hpcmlip.models.potential import Potential
-from hpcmlip.training import rundir, setup
+from hpcmlip.training import checkpoint, rundir, setup, transfer
 from hpcmlip.training.average import Average
 from hpcmlip.training.engine import Engine, MicroBatch, StepResult
 from hpcmlip.training.objective import Objective
@@ -77,10 +77,16 @@ class _Training:
 
     def __init__(self, config: RunConfig, run_dir: Path, world: World, device: torch.device, requests: StopRequests):
         self.config, self.run_dir, self.world, self.requests = config, run_dir, world, requests
+        goes_on = dist.broadcast(bool(checkpoint.steps(run_dir / rundir.CHECKPOINTS)))
         with dist.together("opening the data"):
             self.dataset = Dataset.open(config.data.stores, config.data.levels)
             self.loader = setup.open_loader(config, self.dataset, world)
-            objective = Objective(Potential(config.model, self.dataset.spec, seed=config.train.seed), config)
+            potential = Potential(config.model, self.dataset.spec, seed=config.train.seed)
+            if config.transfer is not None:
+                transfer.freeze(potential, config.transfer)
+                if not goes_on:  # its checkpoints hold all the weights
+                    transfer.start(potential, config.transfer)
+            objective = Objective(potential, config)
         self.engine = Engine(objective, config, world, device)
         self.average = Average(self.engine.parameters(), config.optim.ema_decay)
         self.records = Records(config, run_dir, world, dataset=self.dataset, engine=self.engine, average=self.average)
@@ -241,7 +247,7 @@ class _Training:
             step=progress.step,
             epoch=progress.epoch,
             objective=result.objective,
-            unit=self.config.loss.unit,
+            unit=self.engine.objective.unit,
             levels=result.levels,
             is_best=is_best,
         )
@@ -272,3 +278,5 @@ class _Training:
             *(world.size, world.launcher, self.engine.device, config.train.micro_batches_per_step),
             *(config.engine.zero_stage, clip, config.optim.kind, self.progress.step),
         )
+        for limit, reason in config.model.limits.items():
+            log.warning("%s: %s (%s)", config.model.kind, MODEL_LIMITS[limit], reason)

@@ -4,14 +4,16 @@ A rank returns sums over its micro-batch in one flat tensor, they are added over
 is anything divided or rooted (spec §2.3). RMSE of a step is not the mean of the RMSEs of its parts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hpcmlip.batch import AtomsBatch, Prediction
-from hpcmlip.config import RunConfig
+from hpcmlip.config import LossSection, RunConfig
 from hpcmlip.errors import ConfigError
 from hpcmlip.models.potential import Potential
 from hpcmlip.training import hierarchicality
@@ -29,18 +31,46 @@ class Loss:
     penalties: tuple[Penalty, ...]
     combine: Callable[..., Tensor]
     """Mean of each penalty, in that order -> value."""
+    is_square: bool = False
+    """Is the value in the square of the unit of the errors?"""
 
 
 def _rmse_mae(square: Tensor, absolute: Tensor) -> Tensor:
     return torch.sqrt(square + _UNDER_ROOT) + absolute
 
 
-LOSSES = {"rmse_mae": Loss((torch.square, torch.abs), _rmse_mae)}
+def _mean(penalty: Tensor) -> Tensor:
+    return penalty
+
+
+def log_cosh(error: Tensor, sharpness: float) -> Tensor:
+    """ln(cosh(p x)) / p of an error x with p = `sharpness`: p x²/2 near 0, |x| - ln(2)/p far away."""
+    size = error.abs()
+    # cosh itself overflows; this argument of softplus is never positive, so nothing does
+    return size + (nn.functional.softplus(-2 * sharpness * size) - math.log(2)) / sharpness
+
+
+def huber(error: Tensor, delta: float) -> Tensor:
+    """x²/2 of an error x up to `delta`, from there the tangent (Huber 1964)."""
+    size = error.abs()
+    return torch.where(size < delta, 0.5 * size.square(), delta * (size - 0.5 * delta))
+
+
+LOSSES: dict[str, Callable[[LossSection], Loss]] = {
+    "rmse_mae": lambda section: Loss((torch.square, torch.abs), _rmse_mae),
+    "mse": lambda section: Loss((torch.square,), _mean, is_square=True),
+    "mae": lambda section: Loss((torch.abs,), _mean),
+    "log_cosh": lambda section: Loss((partial(log_cosh, sharpness=section.sharpness),), _mean),
+    "huber": lambda section: Loss((partial(huber, delta=section.delta),), _mean, is_square=True),
+}
 """By `loss.kind`. A further loss is one line: its penalties and how their means combine."""
+
+SIZE_POWERS = {"molecule": 0.0, "atom": 1.0, "sqrt_atom": 0.25}
+"""By `loss.energy_per`: energy errors are divided by the number of atoms to this power."""
 
 
 class Objective(nn.Module):
-    """A potential with its loss: Σ over levels of w_E Loss(energy) + w_F Loss(forces) + w_H Hier, in `loss.unit`.
+    """A potential with its loss: Σ over levels of w_E Loss(energy) + w_F Loss(forces) + w_H Hier.
 
     Raises ConfigError if hierarchicality is weighted where isolated-atom energies are unknown.
     """
@@ -48,8 +78,10 @@ class Objective(nn.Module):
     def __init__(self, potential: Potential, config: RunConfig):
         super().__init__()
         self.potential, self.spec = potential, potential.spec
-        self._loss, self._variant = LOSSES[config.loss.kind], config.loss.hierarchicality
-        self._unit = ENERGY_UNITS[config.loss.unit]
+        self._loss, self._variant = LOSSES[config.loss.kind](config.loss), config.loss.hierarchicality
+        self.unit = f"({config.loss.unit})²" if self._loss.is_square else config.loss.unit
+        """Of the value, in words."""
+        self._unit, self._size_power = ENERGY_UNITS[config.loss.unit], SIZE_POWERS[config.loss.energy_per]
         weights = [config.weights(level) for level in self.spec.levels]
         forces = [w.forces if i in self.spec.force_levels else 0.0 for i, w in enumerate(weights)]
         self._weights = torch.tensor([[w.energy, f] for w, f in zip(weights, forces, strict=True)], dtype=torch.float64)
@@ -71,7 +103,7 @@ class Objective(nn.Module):
         return sum(self._block_sums(block, prediction) for block, prediction in zip(blocks, predictions, strict=True))
 
     def value(self, sums: Tensor) -> Tensor:
-        """Objective (scalar, `loss.unit`) of sums over everything that belongs together; differentiable."""
+        """Objective (scalar) of sums over everything that belongs together; differentiable."""
         L, P = len(self.spec.levels), len(self._loss.penalties)
         errors, hierarchy = sums[: L * 2 * (1 + P)].reshape(L, 2, 1 + P), sums[L * 2 * (1 + P) :]
         count, totals = errors[..., 0], errors[..., 1:]
@@ -89,7 +121,8 @@ class Objective(nn.Module):
         return torch.autograd.grad(self.value(leaf), leaf)[0]
 
     def _block_sums(self, block: AtomsBatch, prediction: Prediction) -> Tensor:
-        errors = penalty_sums(self.spec, block, prediction, self._loss.penalties, unit=self._unit)
+        scale = {"unit": self._unit, "size_power": self._size_power}
+        errors = penalty_sums(self.spec, block, prediction, self._loss.penalties, **scale)
         if not bool(self._hierarchy.any()):
             return errors.flatten()
         hierarchy = hierarchicality.sums(block, prediction, self._variant).double()

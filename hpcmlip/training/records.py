@@ -58,6 +58,8 @@ class Records:
         tensors = self._engine.gather_state()
         if self._average.tensors:
             tensors["average"] = {name: tensor.cpu() for name, tensor in self._average.tensors.items()}
+        if self._config.transfer is not None:  # the model that they came from may be gone when the run goes on
+            tensors["constants"] = self._engine.constants()
         state = {
             "progress": dataclasses.asdict(progress),
             "average_updates": self._average.updates,
@@ -81,6 +83,8 @@ class Records:
                 values = found.state["progress"]
                 progress = Progress(**{**values, "plateau": Plateau(**values["plateau"])})
                 self._engine.restore_state(found.tensors, progress.updates)
+                if self._config.transfer is not None:
+                    self._engine.objective.potential.load_state_dict(found.tensors["constants"], strict=False)
                 self._average.restore(found.tensors.get("average", {}), found.state["average_updates"])
                 log.info("going on from %s", found.path)
         with dist.together("opening the metrics"):

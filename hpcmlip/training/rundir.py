@@ -13,7 +13,7 @@ from hpcmlip.errors import ConfigError, RunError
 CONFIG = "config.yaml"
 DONE = "done.json"
 CHECKPOINTS = "checkpoints"
-_LOCK = ".lock"
+LOCK = ".lock"
 
 MAY_CHANGE = (
     "engine.",
@@ -39,7 +39,7 @@ class RunDirectory:
 
     def __enter__(self) -> "RunDirectory":
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / _LOCK).open("a+")
+        self._lock = (self.path / LOCK).open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -89,9 +89,22 @@ class RunDirectory:
 
 def differing(old: dict, new: dict) -> list[str]:
     """`key: old -> new` of each setting that differs and must not."""
-    before, after = _flat(old), _flat(new)
+    before, after = fixed(old), fixed(new)
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed if not key.startswith(MAY_CHANGE)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
+
+
+def fixed(config: dict) -> dict[str, object]:
+    """Dotted key -> value of the settings that make a run what it is: those that must not change when it goes on."""
+    return {key: value for key, value in _flat(config).items() if not key.startswith(MAY_CHANGE)}
+
+
+def holder(run_dir: Path) -> str | None:
+    """Who works in a run directory or was the last to: `process PID on HOST[, Slurm job N]`; None for nobody yet."""
+    try:
+        return (run_dir / LOCK).read_text().strip() or None
+    except OSError:
+        return None
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, object]:

@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from hpcmlip.config import OptimSection, ScheduleSection
 
 _ONE_CYCLE_START = 25.0
-"""The one-cycle schedule begins at lr / 25 (Smith & Topin 2018; the default of torch.optim.lr_scheduler.OneCycleLR)."""
+"""One-cycle schedules begin at lr / 25 unless told (Smith & Topin 2018; so does torch's OneCycleLR)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def rate(optim: OptimSection, position: Position, plateau: Plateau) -> float:
     warmup = optim.schedule.warmup_steps
     if position.step < warmup:
         return optim.lr * plateau.scale * (position.step + 1) / warmup
+    if optim.schedule.per == "epoch":
+        return SCHEDULES[optim.schedule.kind](optim, position.epoch % 1, 1.0, plateau.scale)
     begun = min(position.warmup_epochs, position.epochs)
     done = position.epoch - begun
     total = max(position.epochs - begun, 1e-9)
@@ -79,14 +83,26 @@ def _cosine(optim: OptimSection, done: float, total: float, scale: float) -> flo
 
 
 def _exponential(optim: OptimSection, done: float, total: float, scale: float) -> float:
-    return optim.lr * optim.schedule.factor ** (done / optim.schedule.decay_epochs)
+    decays = done / optim.schedule.decay_epochs
+    return optim.lr * optim.schedule.factor ** (math.floor(decays) if optim.schedule.staircase else decays)
 
 
 def _one_cycle(optim: OptimSection, done: float, total: float, scale: float) -> float:
     part, rise = done / total, optim.schedule.rise
     if part < rise:
-        return _blend(optim.lr / _ONE_CYCLE_START, optim.lr, part / rise)
+        return _blend(_start(optim), optim.lr, part / rise)
     return _blend(optim.lr, optim.schedule.min_lr, (part - rise) / (1 - rise))
+
+
+def _one_cycle_linear(optim: OptimSection, done: float, total: float, scale: float) -> float:
+    """Lines from the start to lr at `rise` of the cycle, back at twice that, and to the minimum at its end."""
+    rise = optim.schedule.rise
+    knots = (0.0, rise, 2 * rise, 1.0)
+    return float(np.interp(done / total, knots, (_start(optim), optim.lr, _start(optim), optim.schedule.min_lr)))
+
+
+def _start(optim: OptimSection) -> float:
+    return optim.schedule.start_lr or optim.lr / _ONE_CYCLE_START
 
 
 def _blend(start: float, end: float, part: float) -> float:
@@ -100,6 +116,7 @@ SCHEDULES: dict[str, Callable[[OptimSection, float, float, float], float]] = {
     "cosine": _cosine,
     "exponential": _exponential,
     "one_cycle": _one_cycle,
+    "one_cycle_linear": _one_cycle_linear,
 }
 """`schedule.kind` -> (optim, epochs done and in all since the warm-up, plateau scale) -> rate."""
 

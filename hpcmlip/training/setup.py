@@ -10,7 +10,16 @@ from hpcmlip.errors import ConfigError, RunError
 
 
 def open_loader(config: RunConfig, dataset: Dataset, world: World) -> TrainLoader:
-    """Training batches of this rank's streams. Raises ConfigError if there is nothing to train on or validate with."""
+    """Training batches of this rank's streams.
+
+    Raises ConfigError if there is nothing to train on or validate with, or if the model does not cover the structures.
+    """
+    limits = config.model.limits
+    if "periodic" in limits and any(store.meta.periodic for store in dataset.stores):
+        raise ConfigError(
+            f"data.stores hold periodic structures, which model '{config.model.kind}' does not compute: "
+            f"{limits['periodic']}"
+        )
     if not dataset.count("val"):
         raise ConfigError(
             f"no structure of the validation split carries a label of {', '.join(dataset.spec.levels)}: "
@@ -18,7 +27,9 @@ def open_loader(config: RunConfig, dataset: Dataset, world: World) -> TrainLoade
         )
     M = config.train.micro_batches_per_step
     own = range(world.rank * M // world.size, (world.rank + 1) * M // world.size)
-    return TrainLoader(dataset, config.data, streams=own, num_streams=M, seed=config.train.seed)
+    return TrainLoader(
+        dataset, config.data, streams=own, num_streams=M, seed=config.train.seed, cutoff=config.model.cutoff
+    )
 
 
 def check_ranks(config: RunConfig, world: World) -> None:

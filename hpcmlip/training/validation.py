@@ -19,7 +19,7 @@ class Validation:
     """What all ranks know after a validation."""
 
     objective: float
-    """In `loss.unit`."""
+    """In `Objective.unit`."""
     levels: dict
     """As `errors.figures`."""
 
@@ -34,7 +34,8 @@ def validate(
     device = next(objective.parameters()).device
     sums, errors, stopped = [], torch.zeros(len(dataset.spec.levels), 2, 3, dtype=torch.float64, device=device), False
     objective.eval()
-    for micro_batch in split_batches(dataset, config.data, "val", rank=world.rank, size=world.size):
+    batches = split_batches(dataset, config.data, "val", cutoff=config.model.cutoff, rank=world.rank, size=world.size)
+    for micro_batch in batches:
         if is_stopping():
             stopped = True
             break

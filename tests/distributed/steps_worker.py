@@ -3,7 +3,8 @@
     steps_worker.py CASES.json STORE OUT
 
 CASES.json holds {"config": RUN.yaml as plain values, "cases": [...]}. A case is {"name", "mode", "micro_batches",
-"steps"} with "stage" and "clip_norm" where they matter. `mode` "engine" is the real one. "torch" knows no DeepSpeed and
+"steps"} with "stage", "clip_norm" and "optim" where they matter. `mode` "engine" is the real one; "restored" is it too,
+given up half-way for a new one that begins with the state of the first. "torch" knows no DeepSpeed and
 no accumulation: a process takes its micro-batches as one batch, differentiates their objective and averages the
 gradients over ranks. On one rank that is the reference; on several it is the mistake that the engine must not make, a
 mean of the ranks' RMSEs.
@@ -23,8 +24,9 @@ from hpcmlip.config import RunConfig, from_values
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.models.potential import Potential
 from hpcmlip.training import setup
-from hpcmlip.training.engine import OPTIMIZERS, Engine
+from hpcmlip.training.engine import Engine
 from hpcmlip.training.objective import Objective
+from hpcmlip.training.optimizers import OPTIMIZERS
 from hpcmlip.training.schedules import Plateau, Position, rate
 
 
@@ -35,7 +37,7 @@ def run_config(values: dict, store: Path, case: dict) -> RunConfig:
         "dz": {"energy": 1, "forces": 1, "hierarchicality": 1},
         "cc": {"energy": 1, "hierarchicality": 1},
     }
-    values["optim"] |= {"clip_norm": case.get("clip_norm", 0.0)}
+    values["optim"] |= {"clip_norm": case.get("clip_norm", 0.0), **case.get("optim", {})}
     values["train"] |= {"micro_batches_per_step": case["micro_batches"]}
     values["engine"] |= {"zero_stage": case.get("stage", 0)}
     return from_values(RunConfig, values, Path.cwd(), where="demo_mf.yaml")
@@ -77,10 +79,25 @@ def engine_steps(objective, config, world, steps) -> dict[str, torch.Tensor]:
     return engine.gather_state()["master"]
 
 
+def restored_steps(objective, config, world, steps) -> dict[str, torch.Tensor]:
+    """As `engine_steps`, with a new engine and new weights half-way, into which the state is read back."""
+    engine = Engine(objective, config, world, torch.device("cpu"))
+    steps = list(steps)
+    for number, (lr, step) in enumerate(steps):
+        if number == len(steps) // 2:
+            state = engine.gather_state()
+            fresh = Objective(Potential(config.model, objective.spec, seed=4), config)
+            engine = Engine(fresh, config, world, torch.device("cpu"))
+            engine.restore_state(state, number)
+        assert engine.step(step, lr).applied
+    return engine.gather_state()["master"]
+
+
 def torch_steps(objective, config, world, steps) -> dict[str, torch.Tensor]:
     """The micro-batches of this process as one batch; gradients averaged over ranks: exact on one rank only."""
     parameters = {n: p for n, p in objective.potential.named_parameters() if p.requires_grad}
-    optimizer = OPTIMIZERS[config.optim.kind](parameters.values(), lr=config.optim.lr, eps=config.optim.eps)
+    settings = config.optim.model_dump(include={"lr", "betas", "eps", "weight_decay"})
+    optimizer = OPTIMIZERS[config.optim.kind](parameters.values(), **settings)
     objective.train()
     for lr, step in steps:
         optimizer.param_groups[0]["lr"] = lr
@@ -94,7 +111,7 @@ def torch_steps(objective, config, world, steps) -> dict[str, torch.Tensor]:
     return parameters
 
 
-MODES = {"engine": engine_steps, "torch": torch_steps}
+MODES = {"engine": engine_steps, "restored": restored_steps, "torch": torch_steps}
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def dataset(ab_initio_store) -> Dataset:
 @pytest.fixture(scope="session")
 def micro_batches(dataset, make_config):
     """Three micro-batches of several molecule sizes, float64."""
-    stream = split_batches(dataset, make_config().data, "val", rank=0, size=1, dtype=torch.float64)
+    stream = split_batches(dataset, make_config().data, "val", cutoff=6.5, rank=0, size=1, dtype=torch.float64)
     batches = [next(stream) for _ in range(3)]
     stream.close()
     return batches

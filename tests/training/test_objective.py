@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from hpcmlip.config import LossSection
 from hpcmlip.errors import ConfigError
 from hpcmlip.models.potential import Potential
 from hpcmlip.training import hierarchicality
-from hpcmlip.training.objective import Objective, surrogate
+from hpcmlip.training.objective import LOSSES, Objective, log_cosh, surrogate
 from hpcmlip.units import KCAL_PER_MOL
 
 
@@ -30,13 +31,42 @@ def without_labels(block, *, energy=(), forces=False):
     )
 
 
-def test_value_is_the_formula_in_the_unit_of_the_config(make_config, make_objective, micro_batches):
-    config = make_config(loss={"weights": {"dz": {"energy": 2.0, "forces": 3.0}, "cc": {"energy": 5.0}}})
-    objective = make_objective(config)
+# loss.kind -> (its own options, value of errors in the unit of the loss)
+FORMULAS = {
+    "rmse_mae": ({}, lambda e: np.sqrt(np.mean(e**2)) + np.mean(np.abs(e))),
+    "mse": ({}, lambda e: np.mean(e**2)),
+    "mae": ({}, lambda e: np.mean(np.abs(e))),
+    "log_cosh": ({"sharpness": 0.02}, lambda e: np.mean(np.log(np.cosh(0.02 * e)) / 0.02)),
+    "huber": ({"delta": 30.0}, lambda e: np.mean(np.where(abs(e) < 30, e**2 / 2, 30 * (abs(e) - 15)))),
+}
+KINDS = sorted(FORMULAS)
+
+
+def loss_of(kind: str, **values) -> dict:
+    return {"kind": kind, **FORMULAS[kind][0], **values}
+
+
+def test_every_kind_of_the_config_is_tested():
+    assert set(LossSection.model_fields["kind"].annotation.__args__) == set(LOSSES) == set(FORMULAS)
+
+
+@pytest.mark.parametrize("per", ["molecule", "atom", "sqrt_atom"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_is_the_formula_in_the_unit_of_the_config(make_config, make_objective, micro_batches, kind, per):
+    weights = {"dz": {"energy": 2.0, "forces": 3.0}, "cc": {"energy": 5.0}}
+    objective = make_objective(make_config(loss=loss_of(kind, energy_per=per, weights=weights)))
     blocks = micro_batches[0]
     predictions = objective.potential(blocks)
+    power = {"molecule": 0, "atom": 1, "sqrt_atom": 1 / 4}[per]
     dz, cc = (
-        torch.cat([(p.energy - b.energy)[:, level] for p, b in zip(predictions, blocks, strict=True)]).detach().numpy()
+        torch.cat(
+            [
+                (p.energy - b.energy)[:, level] / (len(b.pos) / b.num_structures) ** power
+                for p, b in zip(predictions, blocks, strict=True)
+            ]
+        )
+        .detach()
+        .numpy()
         for level in (0, 1)
     )
     force = (
@@ -44,11 +74,44 @@ def test_value_is_the_formula_in_the_unit_of_the_config(make_config, make_object
     )
 
     def term(error):
-        error = error[np.isfinite(error)] / KCAL_PER_MOL
-        return np.sqrt(np.mean(error**2)) + np.mean(np.abs(error))
+        return FORMULAS[kind][1](error[np.isfinite(error)] / KCAL_PER_MOL)
 
     expected = 2 * term(dz) + 3 * term(force) + 5 * term(cc)
     assert objective.value(objective(blocks)).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "error", "expected"),
+    [(10, 0.01, 4.991689e-4), (10, 1.0, 0.9306852822), (10, -1.0, 0.9306852822), (0.1, 1.0, 0.0499168882)],
+)
+def test_log_cosh(sharpness, error, expected):
+    assert float(log_cosh(torch.tensor(error, dtype=torch.float64), sharpness)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_cosh_of_a_large_error_is_finite():
+    error = torch.tensor([-1e5, 0.0, 1e5], requires_grad=True)
+    value = log_cosh(error, 10.0)
+    assert value.tolist() == pytest.approx([1e5 - np.log(2) / 10, 0.0, 1e5 - np.log(2) / 10])
+    assert torch.autograd.grad(value.sum(), error)[0].tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_the_unit_of_the_value(make_config, make_objective):
+    units = {kind: make_objective(make_config(loss=loss_of(kind, unit="eV"))).unit for kind in KINDS}
+    assert units == {"rmse_mae": "eV", "mae": "eV", "log_cosh": "eV", "mse": "(eV)²", "huber": "(eV)²"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "complaint"),
+    [
+        ({"kind": "mse", "delta": 1.0}, "loss: delta has no effect with kind mse, only with huber"),
+        ({"kind": "huber", "delta": 1.0, "sharpness": 1.0}, "sharpness has no effect with kind huber"),
+        ({"kind": "huber"}, "huber needs delta"),
+        ({"kind": "log_cosh"}, "log_cosh needs sharpness"),
+    ],
+)
+def test_an_option_belongs_to_its_kind(make_config, loss, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        make_config(loss=loss)
 
 
 @pytest.mark.parametrize("variant", ["atom", "molecule", "batch"])
@@ -62,11 +125,13 @@ def test_hierarchicality_enters_with_its_weight(make_config, make_objective, mic
     assert some.value(some(blocks)).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["atom", "molecule", "batch"])
+@pytest.mark.parametrize(
+    ("kind", "variant"), [*(("rmse_mae", v) for v in ("atom", "molecule", "batch")), *((k, "atom") for k in KINDS)]
+)
 def test_surrogates_of_ranks_and_micro_batches_average_to_the_gradient_of_the_whole(
-    make_config, make_objective, micro_batches, run_values, variant
+    make_config, make_objective, micro_batches, run_values, kind, variant
 ):
-    config = make_config(loss=run_values["loss"] | {"hierarchicality": variant})
+    config = make_config(loss=run_values["loss"] | loss_of(kind, hierarchicality=variant, energy_per="atom"))
     objective = make_objective(config)
     # uneven: one part has no label of the second level, one no forces, one lacks every energy
     a, b, c = micro_batches
@@ -82,19 +147,20 @@ def test_surrogates_of_ranks_and_micro_batches_average_to_the_gradient_of_the_wh
         mean = sum(gradients(objective, surrogate(sums, slope, ranks)) for sums in local) / ranks
         assert float((mean - whole).norm() / whole.norm()) < 1e-12
     of_each = sum(gradients(objective, objective.value(sums)) for sums in local) / 3
-    assert float((of_each - whole).norm() / whole.norm()) > 1e-2, "the mean of RMSEs would pass this test"
+    assert float((of_each - whole).norm() / whole.norm()) > 1e-2, "the mean of the parts' values would pass this test"
 
 
 @pytest.mark.parametrize(
     "which",
     [("dz", "energy"), ("dz", "forces"), ("dz", "hierarchicality"), ("cc", "energy"), ("cc", "hierarchicality")],
 )
-def test_every_weight_changes_the_gradient(make_config, make_objective, micro_batches, run_values, which):
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_changes_the_gradient(make_config, make_objective, micro_batches, run_values, kind, which):
     (level, name), weights = which, run_values["loss"]["weights"]
     changed = {**weights, level: {**weights[level], name: 2.0}}
     before, after = (
         gradients(objective, objective.value(objective(micro_batches[0])))
-        for objective in (make_objective(make_config()), make_objective(make_config(loss={"weights": changed})))
+        for objective in (make_objective(make_config(loss=loss_of(kind, weights=w))) for w in (weights, changed))
     )
     # the regularizer is weak beside the errors at the start, but far above the rounding of float64
     assert float((after - before).norm() / before.norm()) > (1e-7 if name == "hierarchicality" else 1e-2)

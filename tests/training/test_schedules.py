@@ -40,6 +40,12 @@ def test_exponential_falls_by_the_factor_in_the_decay_epochs():
     assert at(section, 7.0) == pytest.approx(LR * 0.97**3.5, rel=1e-14)
 
 
+def test_staircase_falls_at_once_every_so_many_epochs():
+    section = optim(kind="exponential", factor=0.97, decay_epochs=4.0, staircase=True)
+    for epoch in (0.0, 3.99, 4.0, 4.01, 7.5, 8.0, 50.0):
+        assert at(section, epoch) == pytest.approx(LR * 0.97 ** (epoch // 4), rel=1e-14)
+
+
 def test_one_cycle_rises_from_a_25th_and_falls_to_the_minimum():
     section = optim(kind="one_cycle", rise=0.25, min_lr=1e-6)
     assert at(section, 0) == pytest.approx(LR / 25, rel=1e-14)
@@ -47,6 +53,46 @@ def test_one_cycle_rises_from_a_25th_and_falls_to_the_minimum():
     assert at(section, 25) == pytest.approx(LR, rel=1e-14)
     assert at(section, 62.5) == pytest.approx((LR + 1e-6) / 2, rel=1e-12)
     assert at(section, 100) == pytest.approx(1e-6, rel=1e-12)
+
+
+def test_one_cycle_rises_from_the_rate_given():
+    assert at(optim(kind="one_cycle", start_lr=4e-3), 0) == 4e-3
+
+
+@pytest.mark.parametrize(("start", "final"), [(5e-4, 5e-6), (5e-4, 5e-4 * 5e-6 / LR)], ids=["nominal", "optax"])
+@pytest.mark.parametrize("epoch", [0, 7])
+def test_one_cycle_of_lines_in_each_epoch(start, final, epoch):
+    """The schedule of the JAT work, in both readings of its last rate: three lines an epoch, with T = 100 steps."""
+    section = optim(kind="one_cycle_linear", start_lr=start, rise=0.45, min_lr=final, per="epoch")
+    for t in range(100):
+        if t < 45:
+            expected = start + (LR - start) * t / 45
+        elif t < 90:
+            expected = LR + (start - LR) * (t - 45) / 45
+        else:
+            expected = start + (final - start) * (t - 90) / 10
+        assert at(section, epoch + t / 100) == pytest.approx(expected, rel=1e-10)
+
+
+def test_one_cycle_of_lines_in_a_run():
+    section = optim(kind="one_cycle_linear", rise=0.5, min_lr=1e-6)
+    found = [at(section, epoch) for epoch in (0, 25, 50, 75)]
+    assert found == pytest.approx([LR / 25, 0.52 * LR, LR, 0.52 * LR], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("section", "complaint"),
+    [
+        ({"kind": "cosine", "staircase": True}, "staircase has no effect with kind cosine, only with exponential"),
+        ({"kind": "plateau", "per": "epoch"}, "per has no effect with kind plateau"),
+        ({"kind": "constant", "start_lr": 1e-4}, "start_lr has no effect with kind constant"),
+        ({"kind": "one_cycle_linear", "rise": 0.6}, "at most 0.5"),
+        ({"kind": "one_cycle", "per": "epoch", "warmup_steps": 3}, "set warmup_steps to 0"),
+    ],
+)
+def test_options_of_another_schedule_are_refused(section, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        ScheduleSection(**section)
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "exponential", "plateau"])
