@@ -1,0 +1,224 @@
+"""Speed and memory of a training step of every model, beside hippynn and other programs, interleaved in one run.
+
+The models are those of the presets, as large as there. A step is energies, forces and the backward pass of a squared
+error of both to all parameters, from positions on, in float32. A program that is too slow for all molecules gets fewer.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hpcmlip import configs, plugins
+from hpcmlip.bench.hippynn_step import Hippynn, fastest
+from hpcmlip.bench.own_process import FEW, OwnProcess
+from hpcmlip.bench.peer_process import PeerProcess
+from hpcmlip.bench.stepping import (
+    Step,
+    data_spec,
+    milliseconds,
+    molecules,
+    potential_step,
+    ratio,
+    take_turns,
+)
+from hpcmlip.config import RunConfig, load
+from hpcmlip.models.potential import Potential
+
+COMPONENT = "energy + forces + backward of every model: structures/s, memory, beside hippynn and other programs"
+
+REFERENCE = "hippynn"
+HIPPYNN = {"features": 128, "lmax": 2, "interactions": 2, "atom_layers": 3}
+"""As the preset hipnn."""
+LONGEST = 5.0
+"""Seconds that a step may take; else it gets fewer molecules."""
+COLUMNS = {
+    "parameters": "weights",
+    "molecules": "molecules",
+    "milliseconds": "ms a step",
+    "structures_per_s": "structures/s",
+    "times_hippynn": "× hippynn",
+    "mb_per_structure": "MB each",
+}
+PEERS = {
+    "egnn": (
+        "egnn-pytorch",
+        "complete graph without cutoff, squared distances as they are (no Fourier features), no LayerNorm in the MLPs",
+    ),
+    "se3_transformer": (
+        "se3-transformer-pytorch",
+        "radial networks of full rank for every pair of channels (ours of low rank), hence more parameters",
+    ),
+    "ani": ("torchani", "ANI-1x descriptor and networks in its Python form, without compiled extensions"),
+}
+"""Preset -> (program with the nearest architecture, how that one differs)."""
+
+
+@dataclass
+class Program:
+    """One row of the table."""
+
+    process: OwnProcess | PeerProcess
+    parameters: int
+    note: str = ""
+    count: int = 0
+    """Molecules of its step."""
+
+    @property
+    def name(self) -> str:
+        return self.process.name
+
+
+def main(args: Sequence[str]) -> int:
+    """Time all, print a table and a line of JSON."""
+    options = _parse(args)
+    torch.set_num_threads(options.threads)
+    numbers, pos = molecules(options.data, options.atoms, options.molecules)
+    hippynn = Hippynn(**HIPPYNN, device=options.device)
+    trial = hippynn.trial(options.kernels or hippynn.kernels(), numbers, pos, options.trials)
+    programs: list[Program] = []
+    try:
+        programs.append(_hippynn(hippynn, fastest(trial), numbers, pos, options))
+        for preset in options.models:
+            programs.append(_ours(preset, numbers, pos, options))
+            if options.peers and preset in PEERS:
+                programs.append(_peer(*PEERS[preset], numbers, pos, options))
+        for program in programs:
+            program.count = _affordable(program, options.molecules)
+        timers = {program.name: partial(program.process.step, program.count) for program in programs}
+        seconds = take_turns(timers, options.repeats)
+        rows = [_row(program, seconds, programs[0].count) for program in programs]
+    finally:
+        for program in programs:
+            program.process.close()
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    result = {"rows": rows, "hippynn_kernels": fastest(trial), "torch": torch.__version__, **settings}
+    result["against_peers"] = _against_peers(options.models, programs, seconds)
+    _show(result)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+def _parse(args: Sequence[str]) -> argparse.Namespace:
+    presets = sorted(Path(name).stem for name in configs.listing() if name.startswith("models/"))
+    parser = argparse.ArgumentParser(prog="hpcmlip bench models", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="presets; default: that of each kind")
+    parser.add_argument("--atoms", type=int, default=9, help="size of the molecules")
+    parser.add_argument("--molecules", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--kernels", nargs="+", help="hippynn's, by its names; default: all there are")
+    parser.add_argument("--trials", type=int, default=2, help="steps with each of the kernels, to find the fastest")
+    parser.add_argument("--data", type=Path, help="raw HDF5 file in the ANI-1x layout; default: the packaged sample")
+    parser.add_argument("--peers", type=Path, metavar="PYTHON", help="Python with egnn-pytorch, torchani, ...")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the line of JSON goes too")
+    options = parser.parse_args(args)
+    unknown = sorted(set(options.models) - set(presets))
+    if unknown:
+        parser.error(f"no preset {', '.join(unknown)}; there are {', '.join(presets)}")
+    options.models = options.models or sorted(set(presets) & set(plugins.names("models")))
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------------- programs
+
+
+def _hippynn(hippynn: Hippynn, kernels: str, numbers, pos, options) -> Program:
+    parts = (hippynn.network, hippynn.head)
+    return Program(
+        OwnProcess(REFERENCE, _hippynn_step, kernels, numbers, pos, options.threads, options.device),
+        sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad),
+        f"{kernels} kernels",
+    )
+
+
+def _ours(preset: str, numbers, pos, options) -> Program:
+    parameters = sum(p.numel() for p in _potential(preset).parameters() if p.requires_grad)
+    return Program(OwnProcess(preset, _our_step, preset, numbers, pos, options.threads, options.device), parameters)
+
+
+def _peer(name: str, note: str, numbers, pos, options) -> Program:
+    process = PeerProcess(options.peers, name, numbers, pos, options.threads, options.device)
+    return Program(process, process.parameters, f"{process.version}: {note}")
+
+
+def _potential(preset: str) -> Potential:
+    config = load(RunConfig, configs.path(f"models/{preset}.yaml"))
+    return Potential(config.model, data_spec(), seed=0)
+
+
+def _our_step(preset: str, numbers, pos, device: str) -> Step:
+    return potential_step(_potential(preset), numbers, pos, device)
+
+
+def _hippynn_step(kernels: str, numbers, pos, device: str) -> Step:
+    return Hippynn(**HIPPYNN, device=device).step(kernels, numbers, pos)
+
+
+# ------------------------------------------------------------------------------------------------------ measurements
+
+
+def _affordable(program: Program, wanted: int) -> int:
+    """Molecules that a step can have."""
+    few = min(FEW, wanted)
+    program.process.step(few)
+    seconds = program.process.step(few) / few
+    return min(wanted, max(few, int(LONGEST / seconds)))
+
+
+def _row(program: Program, seconds: dict[str, list[float]], reference_count: int) -> dict:
+    own = [value / program.count for value in seconds[program.name]]
+    median, quartiles = ratio([value / reference_count for value in seconds[REFERENCE]], own)
+    return {
+        "program": program.name,
+        "parameters": program.parameters,
+        "molecules": program.count,
+        "milliseconds": milliseconds(seconds[program.name]),
+        "structures_per_s": round(1e3 / milliseconds(own), 1),
+        "times_hippynn": median,
+        "times_hippynn_quartiles": quartiles,
+        "mb_per_structure": round(program.process.bytes / program.count / 1e6, 2),
+        "note": program.note,
+    }
+
+
+def _against_peers(presets: Sequence[str], programs: Sequence[Program], seconds: dict) -> dict:
+    """{preset: how many times as fast as its peer, median and quartiles}."""
+    counts = {program.name: program.count for program in programs}
+    found = {}
+    for preset in presets:
+        peer, _ = PEERS.get(preset, ("", ""))
+        if peer in counts:
+            own, theirs = ([s / counts[name] for s in seconds[name]] for name in (preset, peer))
+            median, quartiles = ratio(theirs, own)
+            found[preset] = {"peer": peer, "times": median, "quartiles": quartiles}
+    return found
+
+
+def _show(result: dict) -> None:
+    table = Table(title="Training step: energy + forces + backward, float32", title_justify="left")
+    table.add_column("program")
+    for header in COLUMNS.values():
+        table.add_column(header, justify="right")
+    for row in result["rows"]:
+        table.add_row(row["program"], *(f"{row[key]:,}" for key in COLUMNS))
+    console = Console()
+    console.print(table)
+    for row in result["rows"]:
+        if row["note"]:
+            console.print(f"{row['program']}: {row['note']}", markup=False)
+    for preset, found in result["against_peers"].items():
+        low, high = found["quartiles"]
+        console.print(f"{preset} is {found['times']} times as fast as {found['peer']} (quartiles {low} to {high})")
+    settings = " ".join(f"{key}={result[key]}" for key in ("atoms", "threads", "device", "repeats", "torch"))
+    console.print(f"{settings}; memory is the growth by a step beyond the model itself")
+    print(json.dumps(result))
