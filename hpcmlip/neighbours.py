@@ -1,5 +1,8 @@
 """Neighbour lists of periodic or large structures, by the library `vesin`, as padded `ListTopology`."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 from vesin import NeighborList
@@ -33,45 +36,83 @@ def neighbour_lists(
     cell. Lengths are float64, to be cast with `.to(dtype=...)`. Raises ValueError for a cell without volume.
     """
     B, N = pos.shape[:2]
+    cells = np.zeros((B, 3, 3)) if cell is None else cell
     periodic = np.zeros((B, 3), dtype=bool) if pbc is None else np.asarray(pbc, dtype=bool)
-    cells = np.stack([_whole_cell(np.zeros((3, 3)) if cell is None else cell[b], periodic[b]) for b in range(B)])
+    return padded([edges(*structure, reach) for structure in zip(pos, cells, periodic, strict=True)], N, reach)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The P edges of one structure, sorted by receiver, neighbour and image."""
+
+    receiver: np.ndarray
+    """[P] int32."""
+    neighbour: np.ndarray
+    """[P] int32."""
+    steps: np.ndarray
+    """[P, 3] integers, the smallest type that holds them: lattice vectors from the neighbour to the image meant."""
+    reverse: np.ndarray
+    """[P] int32: number of the reversed edge."""
+    cell: np.ndarray | None
+    """[3, 3] Å, with unit vectors where the structure does not repeat; None for a molecule."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.receiver, self.neighbour, self.steps, self.reverse))
+
+
+def edges(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, reach: float) -> Edges:
+    """Edges of a structure [N, 3] Å, for the rest as `neighbour_lists`."""
+    box = _whole_cell(cell, pbc)
     search = NeighborList(cutoff=reach, full_list=True)
-    found = [_edges(search, pos[b], cells[b], periodic[b]) + np.array([b * N, b * N, 0, 0, 0]) for b in range(B)]
-    edges = np.concatenate(found)  # i, j, S
-    edges = edges[np.lexsort(edges.T[::-1])]
-    i, j, steps = edges[:, 0], edges[:, 1], edges[:, 2:]
+    lattice = box if pbc.any() else np.zeros((3, 3))
+    i, j, steps = search.compute(np.asarray(pos, dtype=np.float64), lattice, pbc, quantities="ijS")
+    i, j, steps = i.astype(np.int64), j.astype(np.int64), steps.astype(np.int64)
+    # as if all atoms were in the cell: few steps, however far a trajectory has gone
+    outside = np.floor(np.asarray(pos, dtype=np.float64) @ np.linalg.inv(box)).astype(np.int64) * pbc
+    images = steps + outside[j] - outside[i]
+    most = np.abs(images).max(initial=0)
+    digits = (len(pos), len(pos), *(2 * most + 1,) * 3)
+
+    def number(receiver: np.ndarray, neighbour: np.ndarray, image: np.ndarray) -> np.ndarray:
+        return np.ravel_multi_index((receiver, neighbour, *(image + most).T), digits)
+
+    numbers = number(i, j, images)
+    order = np.argsort(numbers)
+    return Edges(
+        i[order].astype(np.int32),
+        j[order].astype(np.int32),
+        steps[order].astype(np.min_scalar_type(-int(np.abs(steps).max(initial=0)) - 1)),
+        np.searchsorted(numbers[order], number(j, i, -images)[order]).astype(np.int32),
+        box if pbc.any() else None,
+    )
+
+
+def padded(structures: Sequence[Edges], num_atoms: int, reach: float) -> ListTopology:
+    """Lists of equal length from the edges within `reach` Å of structures of `num_atoms` atoms each."""
+    B, N, P = len(structures), num_atoms, [len(each.receiver) for each in structures]
+    atom, edge = np.repeat(np.arange(B) * N, P), np.repeat(np.cumsum(P) - P, P)
+    i, j, back = (
+        np.concatenate([getattr(each, name) for each in structures]) + first
+        for name, first in (("receiver", atom), ("neighbour", atom), ("reverse", edge))
+    )
     counts = np.bincount(i, minlength=B * N)
     K = max(int(counts.max(initial=0)), 1)
     slot = i * K + np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
     neighbours, reverse = np.repeat(np.arange(B * N), K), np.arange(B * N * K)
-    valid, shift = np.zeros(B * N * K, dtype=bool), np.zeros((B * N * K, 3))
-    neighbours[slot], valid[slot] = j, True
-    # the reversed edges (j, i, -S) in their own order are the edges in theirs
-    backward = np.lexsort((-steps[:, 2], -steps[:, 1], -steps[:, 0], i, j))
-    reverse[slot[backward]] = slot
-    shift[slot] = np.einsum("es,esx->ex", steps, cells[i // N])
+    valid = np.zeros(B * N * K, dtype=bool)
+    neighbours[slot], reverse[slot], valid[slot] = j, slot[back], True
 
     def shaped(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x.reshape(B * N, K, *x.shape[1:]))
 
-    lattice = bool(periodic.any())
-    return ListTopology(
-        B,
-        N,
-        reach,
-        shaped(neighbours),
-        shaped(reverse),
-        shaped(valid),
-        shift=shaped(shift) if lattice else None,
-        cells=torch.from_numpy(cells) if lattice else None,
-    )
-
-
-def _edges(search: NeighborList, pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """[P, 5] int64: receiver, neighbour, lattice steps of the neighbour, of one structure."""
-    box = cell if pbc.any() else np.zeros((3, 3))
-    i, j, steps = search.compute(np.asarray(pos, dtype=np.float64), box, pbc, quantities="ijS")
-    return np.column_stack([i.astype(np.int64), j.astype(np.int64), steps.astype(np.int64)])
+    lists = ListTopology(B, N, reach, shaped(neighbours), shaped(reverse), shaped(valid))
+    if all(each.cell is None for each in structures):
+        return lists
+    cells = [np.eye(3) if each.cell is None else each.cell for each in structures]
+    shift = np.zeros((B * N * K, 3))
+    shift[slot] = np.concatenate([each.steps @ cell for each, cell in zip(structures, cells, strict=True)])
+    return replace(lists, shift=shaped(shift), cells=torch.from_numpy(np.stack(cells)))
 
 
 def _whole_cell(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:

@@ -25,8 +25,8 @@ class ArraySpec:
         return "/".join(["c", str(shard), *["0"] * len(self.tail)])
 
 
-def specs(num_atoms: int, num_levels: int, num_force_levels: int) -> tuple[ArraySpec, ...]:
-    """The arrays of a group."""
+def specs(num_atoms: int, num_levels: int, num_force_levels: int, *, periodic: bool) -> tuple[ArraySpec, ...]:
+    """The arrays of a group of a store that holds periodic structures, or none."""
     N, L, Lf = num_atoms, num_levels, num_force_levels
     found = [
         ArraySpec("z", "uint8", (N,)),
@@ -35,7 +35,9 @@ def specs(num_atoms: int, num_levels: int, num_force_levels: int) -> tuple[Array
         ArraySpec("molecule", "uint32", ()),
         ArraySpec("source", "uint32", (3,)),
     ]
-    if N <= LARGEST:
+    if periodic:
+        found += [ArraySpec("cell", "float64", (3, 3)), ArraySpec("pbc", "bool", (3,))]
+    elif N <= LARGEST:
         found.append(ArraySpec("adjacency", "uint8", ((N * N + 7) // 8,)))
     if Lf:
         found.append(ArraySpec("forces", "float32", (Lf, N, 3)))

@@ -4,11 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpcmlip.data import lattice
 from hpcmlip.data.adjacency import LARGEST, squared_distances
 from hpcmlip.data.store import energy_bit, forces_bit
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.readers import Rows
 from hpcmlip.units import SYMBOLS
+
+SHORT = 1.0
+"""Å; nearest atoms are looked for within this or `min_distance`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,15 @@ def judge(rows: Rows, job: Job) -> Verdict:
         mark(np.ones(R, dtype=bool), "unknown element", names)
     finite = np.isfinite(rows.pos).all(axis=(1, 2))
     mark(~finite, "position not finite", "nan or inf")
-    nearest = nearest_distances(np.where(finite[:, None, None], rows.pos, 0))
+    pos = np.where(finite[:, None, None], rows.pos, 0)
+    if rows.pbc is not None and rows.pbc.any():
+        flat = lattice.lacks_volume(rows.cell, rows.pbc)
+        mark(flat, "cell without volume", lambda row: rows.cell[row].tolist())
+        # a distance beyond the limit need not be known
+        periodic = np.where(flat[:, None], False, rows.pbc)
+        nearest = lattice.nearest_distances(pos, rows.cell, periodic, max(job.config.min_distance, SHORT))
+    else:
+        nearest = nearest_distances(pos)
     mark(finite & (nearest < job.config.min_distance), "atoms too close", lambda row: f"{nearest[row]:.4f}")
     labels = np.zeros(R, dtype=np.uint64)
     for i, level in enumerate(job.levels):

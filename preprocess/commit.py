@@ -20,7 +20,7 @@ from zarr.errors import ZarrUserWarning
 
 import hpcmlip
 from hpcmlip.data import offsets, store
-from hpcmlip.data.store import MANIFEST, SCHEMA, GroupMeta, Meta, Offsets, Source
+from hpcmlip.data.store import MANIFEST, MOLECULES_SCHEMA, SCHEMA, GroupMeta, Meta, Offsets, Source
 from hpcmlip.errors import ConfigError, DataError, RunError, UserError
 from hpcmlip.preprocess import arrays
 from hpcmlip.preprocess.files import digest, entry, flush, write_whole
@@ -127,12 +127,12 @@ def sweep(job: Job) -> None:
             orphan.unlink(missing_ok=True)
 
 
-def create_arrays(job: Job, groups: Iterable[GroupMeta]) -> None:
+def create_arrays(job: Job, groups: Iterable[GroupMeta], *, periodic: bool) -> None:
     """Groups and arrays of the store, without data; those that are there stay as they are."""
     root = zarr.open_group(job.store, mode="a")
     for group in groups:
         root.require_group(group.path)
-        for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels)):
+        for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels), periodic=periodic):
             if not (job.store / group.path / spec.name / "zarr.json").is_file():
                 arrays.create(job.store, f"{group.path}/{spec.name}", spec, group, group.rows)
 
@@ -184,7 +184,7 @@ def _check_sources(job: Job) -> None:
 
 def _meta(job: Job, scanned: Scanned, groups: tuple[GroupMeta, ...], sums: list[Offsets]) -> Meta:
     return Meta(
-        schema=SCHEMA,
+        schema=SCHEMA if scanned.periodic else MOLECULES_SCHEMA,
         name=job.config.name,
         cutoff=job.config.cutoff,
         elements=job.elements,
@@ -195,6 +195,7 @@ def _meta(job: Job, scanned: Scanned, groups: tuple[GroupMeta, ...], sums: list[
         split=job.config.split.model_dump(mode="json"),
         num_molecules=len(scanned.molecules),
         quarantined=scanned.num_bad,
+        periodic=scanned.periodic,
     )
 
 

@@ -19,6 +19,8 @@ LARGEST_BINDING = 25.0
 """eV an atom, mean over a data set; atomization energies of molecules are 2 to 7 eV an atom."""
 SHORT_WAY = 0.3
 """Å, root mean square displacement of the atoms of two conformations that are compared."""
+LEAP = 3.0
+"""Å; no atom moves as far between two conformations that are compared."""
 ENOUGH_PAIRS = 30
 COLUMNS = 6
 """Number and sum of (E - isolated atoms) / N; number, Σab, Σa², Σb² of pairs with a = -ΔE and b = F·ΔR."""
@@ -54,8 +56,13 @@ def measure(job: Job, rows: Rows, kept: np.ndarray) -> np.ndarray:
 def _neighbours(rows: Rows, kept: np.ndarray) -> np.ndarray:
     """Rows r such that r and r + 1 are near conformations of one molecule."""
     both = np.flatnonzero(kept[1:] & kept[:-1] & (rows.molecule[1:] == rows.molecule[:-1]))
+    if rows.pbc is not None:
+        same = (rows.cell[1:] == rows.cell[:-1]).all(axis=(1, 2)) & (rows.pbc[1:] == rows.pbc[:-1]).all(axis=1)
+        both = both[same[both]]
     step = rows.pos[both + 1] - rows.pos[both]
-    return both[np.sqrt((step * step).sum(axis=(1, 2)) / step.shape[1]) < SHORT_WAY]
+    near = np.sqrt((step * step).sum(axis=(1, 2)) / step.shape[1]) < SHORT_WAY
+    # of a large cell, an atom that was put back into it from the other side moves the mean little
+    return both[near & (np.abs(step).max(axis=(1, 2)) < LEAP)]
 
 
 def _work(rows: Rows, near: np.ndarray, energy: np.ndarray, forces: np.ndarray) -> tuple[float, ...]:
@@ -74,7 +81,8 @@ def check(job: Job, sums: np.ndarray) -> None:
         if count and abs(binding / count) > LARGEST_BINDING:
             raise DataError(
                 f"the energies of level '{level.name}' are on average {binding / count:.0f} eV an atom away from "
-                "the isolated atoms: probably not in Ha, or atomic_energies belongs to another level of theory"
+                "the isolated atoms: probably in another unit than the reader takes them for, or atomic_energies "
+                "belongs to another level of theory"
             )
         if pairs < ENOUGH_PAIRS or not aa * bb:
             continue

@@ -4,11 +4,14 @@ Rows of a group are sorted by (split, labels, source order). A shard holds whole
 group. The same counts give the same store.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
-from hpcmlip.data.adjacency import LARGEST
+import numpy as np
+
 from hpcmlip.data.store import SPLITS, GroupMeta, Segment
+from hpcmlip.preprocess import arrays
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.scan import Scanned
 
@@ -37,6 +40,8 @@ class WriteTask:
     job: Job
     group: GroupMeta
     shard: int
+    periodic: bool
+    """Does the store hold periodic structures?"""
     picks: tuple[Pick, ...]
 
     @property
@@ -52,11 +57,10 @@ class WriteTask:
         return f"write/{self.group.path}_{self.shard:05d}.json"
 
 
-def row_bytes(num_atoms: int, num_levels: int, num_force_levels: int) -> int:
+def row_bytes(num_atoms: int, num_levels: int, num_force_levels: int, *, periodic: bool) -> int:
     """Bytes of a structure in the store before compression."""
-    N = num_atoms
-    adjacency = (N * N + 7) // 8 if N <= LARGEST else 0
-    return N + 12 * N + adjacency + 8 * num_levels + 12 * N * num_force_levels + 4 + 12
+    specs = arrays.specs(num_atoms, num_levels, num_force_levels, periodic=periodic)
+    return sum(np.dtype(spec.dtype).itemsize * math.prod(spec.tail) for spec in specs)
 
 
 def groups(job: Job, scanned: Scanned) -> tuple[GroupMeta, ...]:
@@ -65,7 +69,7 @@ def groups(job: Job, scanned: Scanned) -> tuple[GroupMeta, ...]:
     for counts in scanned.counts:
         for (num_atoms, split, labels), count in counts.items():
             totals[num_atoms][split, labels] += count
-    sizes = {N: row_bytes(N, len(job.levels), len(job.force_levels)) for N in totals}
+    sizes = {N: row_bytes(N, len(job.levels), len(job.force_levels), periodic=scanned.periodic) for N in totals}
     everything = sum(sum(parts.values()) * sizes[N] for N, parts in totals.items())
     shard_bytes = min(SHARD_BYTES, max(everything // MIN_SHARDS, CHUNK_BYTES))
     return tuple(_group(N, totals[N], sizes[N], shard_bytes) for N in sorted(totals))
@@ -90,9 +94,8 @@ def tasks(job: Job, scanned: Scanned, metas: tuple[GroupMeta, ...]) -> list[Writ
         runs = _runs(group, scanned)
         for shard in range(_ceil(group.rows, group.rows_per_shard)):
             start = shard * group.rows_per_shard
-            found.append(
-                WriteTask(job, group, shard, _picks(runs, start, min(start + group.rows_per_shard, group.rows)))
-            )
+            stop = min(start + group.rows_per_shard, group.rows)
+            found.append(WriteTask(job, group, shard, scanned.periodic, _picks(runs, start, stop)))
     return sorted(found, key=lambda task: (-task.rows * task.group.num_atoms, task.group.num_atoms, task.shard))
 
 

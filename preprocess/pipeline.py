@@ -152,7 +152,7 @@ def _write(job: Job, scanned, execute, console: Console) -> tuple[tuple[GroupMet
     groups = layout.groups(job, scanned)
     commit.sweep(job)
     tasks = layout.tasks(job, scanned, groups)
-    everything = [ArraysTask(job, groups), *tasks]
+    everything = [ArraysTask(job, groups, scanned.periodic), *tasks]
     _run(_second_pass, everything, execute, console, "writing", done=lambda task, size: None)
     return groups, tasks
 
@@ -163,10 +163,11 @@ class ArraysTask:
 
     job: Job
     groups: tuple[GroupMeta, ...]
+    periodic: bool
     cost: int = 0
 
     def run(self) -> None:
-        commit.create_arrays(self.job, self.groups)
+        commit.create_arrays(self.job, self.groups, periodic=self.periodic)
 
 
 def _second_pass(task: ArraysTask | WriteTask) -> object:

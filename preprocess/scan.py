@@ -110,6 +110,7 @@ def run(task: ScanTask) -> int:
         return known
     job, columns, keys = task.job, {}, {}
     bad: list[list] = []
+    periodic = False
     sums = consistency.nothing(len(job.levels))
     opened: dict = {}
     try:
@@ -122,11 +123,13 @@ def run(task: ScanTask) -> int:
             part["piece"] = np.full(len(part["row"]), number, dtype=np.uint32)
             for name, values in part.items():
                 columns.setdefault(piece.group.num_atoms, {}).setdefault(name, []).append(values)
-            sums = consistency.add(sums, consistency.measure(job, rows, part["split"] != LEFT_OUT))
+            kept = part["split"] != LEFT_OUT
+            periodic = periodic or (rows.pbc is not None and bool(rows.pbc[kept].any()))
+            sums = consistency.add(sums, consistency.measure(job, rows, kept))
     finally:
         for file in opened.values():
             file.close()
-    _write(task, columns, keys, bad, sums)
+    _write(task, columns, keys, {"periodic": periodic, "bad": bad, "sums": sums.tolist()})
     return len(bad)
 
 
@@ -155,7 +158,8 @@ def _split(job: Job, piece: Piece, rows: Rows) -> np.ndarray:
     return splits.of_keys(rows.molecule, config.fractions, config.seed)
 
 
-def _write(task: ScanTask, columns: dict, keys: dict[str, int], bad: list, sums) -> None:
+def _write(task: ScanTask, columns: dict, keys: dict[str, int], facts: dict) -> None:
+    """Arrays and receipt; `facts` join the receipt."""
     arrays = {"keys": np.array(list(keys), dtype=np.str_)}
     counts: list[list] = []
     for num_atoms, parts in sorted(columns.items()):
@@ -173,8 +177,7 @@ def _write(task: ScanTask, columns: dict, keys: dict[str, int], bad: list, sums)
         "pieces": [piece.as_json() for piece in task.pieces],
         "rows": task.cost,
         "counts": counts,
-        "bad": bad,
-        "sums": sums.tolist(),
+        **facts,
     }
     write_whole(receipt_path(task.job, task.unit), json.dumps(receipt).encode())
 
@@ -189,6 +192,8 @@ class Scanned:
     molecules: tuple[str, ...]
     """Keys of the molecules of the kept rows, sorted."""
     num_bad: int
+    periodic: bool
+    """Is any kept structure?"""
     sums: np.ndarray
     """See `consistency`."""
 
@@ -207,17 +212,18 @@ class Scanned:
 
 def gather(job: Job, num_units: int) -> Scanned:
     """Read the receipts of all units."""
-    rows, num_bad, counts, keys = 0, 0, [], set()
+    rows, num_bad, periodic, counts, keys = 0, 0, False, [], set()
     sums = consistency.nothing(len(job.levels))
     for unit in range(num_units):
         receipt = json.loads(receipt_path(job, unit).read_bytes())
         rows += receipt["rows"]
         num_bad += len(receipt["bad"])
+        periodic = periodic or receipt["periodic"]
         counts.append({tuple(key): count for *key, count in receipt["counts"]})
         sums = consistency.add(sums, np.array(receipt["sums"]))
         with np.load(arrays_path(job, unit)) as arrays:
             keys.update(arrays["keys"].tolist())
-    return Scanned(rows, tuple(counts), tuple(sorted(keys)), num_bad, sums)
+    return Scanned(rows, tuple(counts), tuple(sorted(keys)), num_bad, periodic, sums)
 
 
 def quarantine(job: Job, units: Iterable[int]) -> Iterator[list]:

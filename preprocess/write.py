@@ -18,7 +18,7 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from hpcmlip.data import offsets
-from hpcmlip.data.adjacency import LARGEST, pack
+from hpcmlip.data.adjacency import pack
 from hpcmlip.data.store import SPLITS, GroupMeta
 from hpcmlip.errors import DataError
 from hpcmlip.preprocess import arrays
@@ -61,12 +61,12 @@ def _finished(task: WriteTask, path: Path) -> dict | None:
 def _gather(task: WriteTask) -> Columns:
     """The rows of a shard in their final order."""
     job, N, R = task.job, task.group.num_atoms, task.rows
-    specs = arrays.specs(N, len(job.levels), len(job.force_levels))
+    specs = arrays.specs(N, len(job.levels), len(job.force_levels), periodic=task.periodic)
     columns = {spec.name: np.zeros((R, *spec.tail), dtype=spec.dtype) for spec in specs}
     for unit in sorted({pick.unit for pick in task.picks}):
         wanted = _wanted(task, unit)
         _gather_unit(job, unit, wanted, columns)
-    if N <= LARGEST:
+    if "adjacency" in columns:
         for start in range(0, R, task.group.rows_per_chunk):
             stop = start + task.group.rows_per_chunk
             columns["adjacency"][start:stop] = pack(columns["pos"][start:stop], job.config.cutoff)
@@ -124,6 +124,8 @@ def _gather_piece(file, piece: Piece, want: Columns, columns: Columns) -> None:
         columns["energy"][to] = rows.energy[take]
         if "forces" in columns:
             columns["forces"][to] = rows.forces[take]
+        if "cell" in columns and rows.cell is not None:
+            columns["cell"][to], columns["pbc"][to] = rows.cell[take], rows.pbc[take]
         columns["molecule"][to] = molecule[run]
         columns["source"][to] = np.stack(
             [np.full(len(to), piece.source), np.full(len(to), piece.group.ordinal), row[run]], axis=1
@@ -157,7 +159,7 @@ def _write(task: WriteTask, columns: Columns) -> dict[str, dict]:
     """Write the shard files of all arrays; returns their manifest entries."""
     job, group = task.job, task.group
     files, written = {}, []
-    for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels)):
+    for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels), periodic=task.periodic):
         name = f"{group.path}/{spec.name}/{spec.shard_key(task.shard)}"
         data = encode(columns.pop(spec.name), spec, group)
         files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

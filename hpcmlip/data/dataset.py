@@ -12,6 +12,7 @@ from hpcmlip.batch import DataSpec
 from hpcmlip.data import offsets, plan
 from hpcmlip.data.store import GroupMeta, Level, Store, energy_bit, forces_bit, open_store
 from hpcmlip.errors import ConfigError
+from hpcmlip.neighbours import LARGEST_DENSE
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Dataset:
                 bits |= energy_bit(names.index(name))
                 bits |= forces_bit(names.index(name)) if i in self.spec.force_levels else 0
         ranges = [(s.start, s.stop) for s in meta.segments if s.split == split and s.labels & bits]
-        return plan.wanted_rows(meta.num_atoms, ranges, meta.rows_per_chunk)
+        return plan.wanted_rows(meta.num_atoms, ranges, meta.rows_per_chunk, periodic=store.meta.periodic)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Group:
     store: Store
     meta: GroupMeta
     rows: plan.Rows
+
+    @property
+    def has_lists(self) -> bool:
+        """Are its structures computed with neighbour lists, not with all pairs of atoms?"""
+        return self.store.meta.periodic or self.meta.num_atoms > LARGEST_DENSE
 
 
 def _holders(stores: Sequence[Store], name: str, labels: str) -> list[tuple[Store, Level, int]]:

@@ -117,6 +117,7 @@ def describe(store: Store) -> dict:
         "quarantined": meta.quarantined,
         "elements": [SYMBOLS[z] for z in meta.elements],
         "cutoff": meta.cutoff,
+        "periodic": meta.periodic,
         "bytes": sum(file["size"] for file in store.files.values()),
         "files": len(store.files),
         "split": {**meta.split, "structures": split_counts(meta), "molecules_in_two_splits": shared_molecules(store)},
@@ -151,6 +152,7 @@ def _overview(facts: dict) -> Table:
         (f"split by {split['by']}", ", ".join(f"{name} {count:,}" for name, count in structures.items())),
         ("", leak),
         ("elements, cutoff", f"{' '.join(facts['elements'])}, {facts['cutoff']:g} Å"),
+        ("boundaries", "periodic structures, each with its cell" if facts["periodic"] else "molecules"),
         ("size", f"{facts['bytes'] / 1e6:,.1f} MB in {facts['files']} files"),
         ("digest", facts["digest"]),
     ):

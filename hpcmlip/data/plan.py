@@ -15,6 +15,9 @@ import numpy as np
 WINDOW = 4
 """Pieces whose rows are shuffled together: large enough to mix molecules, small enough to stay in memory."""
 
+LIST_LENGTH = 64
+"""Neighbours of an atom in a list, for a budget: what a cutoff of 5.3 Å holds at 0.1 atoms/Å³, the density of water."""
+
 # purposes of a random generator: no two draws share a seed
 _PIECES, _ROWS, _BLOCKS = range(3)
 
@@ -26,13 +29,29 @@ class Rows:
     num_atoms: int
     pieces: np.ndarray
     """[C, 2] int64: start and stop row of each piece, ascending."""
+    periodic: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a structure, for the budget."""
+        return pairs(self.num_atoms, periodic=self.periodic)
 
     @cached_property
     def count(self) -> int:
         return int((self.pieces[:, 1] - self.pieces[:, 0]).sum())
 
 
-def wanted_rows(num_atoms: int, ranges: Sequence[tuple[int, int]], rows_per_chunk: int) -> Rows:
+def pairs(num_atoms: int, *, periodic: bool) -> int:
+    """What a structure counts in a budget of pairs: N² if all are computed, else N lists of neighbours.
+
+    Lists count as `LIST_LENGTH` whatever the cutoff: a plan follows from counts alone.
+    """
+    return num_atoms * (LIST_LENGTH if periodic else min(num_atoms, LIST_LENGTH))
+
+
+def wanted_rows(
+    num_atoms: int, ranges: Sequence[tuple[int, int]], rows_per_chunk: int, *, periodic: bool = False
+) -> Rows:
     """Cut row ranges at chunk borders; adjoining ranges in one chunk become one piece."""
     pieces: list[list[int]] = []
     for start, stop in sorted(ranges):
@@ -42,7 +61,7 @@ def wanted_rows(num_atoms: int, ranges: Sequence[tuple[int, int]], rows_per_chun
                 pieces[-1][1] = b
             elif a < b:
                 pieces.append([a, b])
-    return Rows(num_atoms, np.array(pieces, dtype=np.int64).reshape(-1, 2))
+    return Rows(num_atoms, np.array(pieces, dtype=np.int64).reshape(-1, 2), periodic)
 
 
 @dataclass(frozen=True)
@@ -113,11 +132,11 @@ def plan(
 ) -> list[StreamPlan]:
     """Plan of every stream for one epoch; all have the same number of micro-batches, of at most `budget` pairs each.
 
-    Molecules larger than a block (N² > budget / blocks_per_batch) may exceed it by one. `seed` None: groups and rows
-    in file order.
+    Structures larger than a block (pairs > budget / blocks_per_batch) may exceed it by one. `seed` None: groups and
+    rows in file order.
     """
-    atoms = np.array([rows.num_atoms for rows in groups], dtype=np.int64)
-    size = np.maximum(1, budget // (blocks_per_batch * atoms**2))
+    cost = np.array([rows.pairs for rows in groups], dtype=np.int64)
+    size = np.maximum(1, budget // (blocks_per_batch * cost))
     streams = []
     for stream in range(num_streams):
         cuts = [_cut(rows.count, int(size[g]), stream, num_streams, g + epoch) for g, rows in enumerate(groups)]
@@ -129,11 +148,11 @@ def plan(
         ranks[np.argsort(labels, kind="stable")] = np.arange(len(labels))
         blocks = np.concatenate([np.empty((0, 2), np.int64), *cuts])[ranks]
         streams.append(np.column_stack([labels, blocks]))
-    pairs = [(b[:, 2] - b[:, 1]) * atoms[b[:, 0]] ** 2 for b in streams]
+    costs = [(b[:, 2] - b[:, 1]) * cost[b[:, 0]] for b in streams]
     # a batch ends in the block in which it reaches its share, so the share leaves room for one block
     share = budget - budget // blocks_per_batch
-    steps = max([1, *(int(-(-p.sum() // share)) for p in pairs)])
-    return [StreamPlan(b, _edges(p, steps)) for b, p in zip(streams, pairs, strict=True)]
+    steps = max([1, *(int(-(-c.sum() // share)) for c in costs)])
+    return [StreamPlan(b, _edges(c, steps)) for b, c in zip(streams, costs, strict=True)]
 
 
 def _cut(count: int, size: int, stream: int, num_streams: int, shift: int) -> np.ndarray:
@@ -144,9 +163,9 @@ def _cut(count: int, size: int, stream: int, num_streams: int, shift: int) -> np
     return np.column_stack([edges[:-1], edges[1:]])
 
 
-def _edges(pairs: np.ndarray, steps: int) -> np.ndarray:
-    """Cut blocks into `steps` consecutive runs of about equal numbers of pairs."""
-    ends = np.cumsum(pairs)
+def _edges(costs: np.ndarray, steps: int) -> np.ndarray:
+    """Cut blocks into `steps` consecutive runs of about equal costs (pairs)."""
+    ends = np.cumsum(costs)
     total = int(ends[-1]) if len(ends) else 0
-    share = (ends - pairs) * steps // max(total, 1)  # the batch in which a block begins
+    share = (ends - costs) * steps // max(total, 1)  # the batch in which a block begins
     return np.searchsorted(share, np.arange(steps + 1))

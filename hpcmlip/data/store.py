@@ -7,7 +7,10 @@ Layout (R rows of a group, N atoms, L levels, Lf levels that have forces anywher
     molecules       (M, W) u1   key of each molecule (SMILES or formula) as UTF-8 bytes, filled up with 0
     n014/z          (R, N) u1   atomic numbers
     n014/pos        (R, N, 3) f4  Å
-    n014/adjacency  (R, ceil(N*N/8)) u1   bit i*N+j, most significant first: dist(i, j) < cutoff, i != j; N <= 64 only
+    n014/adjacency  (R, ceil(N*N/8)) u1   bit i*N+j, most significant first: dist(i, j) < cutoff, i != j; N <= 64 only;
+                                absent from a store with periodic structures
+    n014/cell       (R, 3, 3) f8  Å, rows are lattice vectors      (these two only in a store with periodic structures)
+    n014/pbc        (R, 3) bool   along which of them a structure repeats; nowhere: a molecule
     n014/energy     (R, L) f8   eV, totals; NaN: no label
     n014/forces     (R, Lf, N, 3) f4  eV/Å; NaN: no label; absent where no level has forces
     n014/molecule   (R) u4      index into `molecules`
@@ -28,7 +31,9 @@ import zarr
 
 from hpcmlip.errors import DataError
 
-SCHEMA = 1
+SCHEMA = 2
+MOLECULES_SCHEMA = 1
+"""Of a store without periodic structures, which is what it was before there were any."""
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
 
@@ -109,6 +114,8 @@ class Meta:
     """by, fractions, seed."""
     num_molecules: int
     quarantined: int
+    periodic: bool = False
+    """Are there periodic structures, hence `cell` and `pbc` everywhere?"""
 
     @property
     def force_levels(self) -> tuple[int, ...]:
@@ -123,7 +130,10 @@ class Meta:
         return [level.name for level in self.levels].index(name)
 
     def as_json(self) -> dict:
-        return asdict(self)
+        values = asdict(self)
+        if not self.periodic:
+            del values["periodic"]  # unknown to schema 1
+        return values
 
     @staticmethod
     def from_json(values: dict) -> "Meta":

@@ -1,6 +1,6 @@
 """Is a store what it was when it was written?
 
-Every file is compared with the manifest, every chunk decoded, every graph recomputed.
+Every file is compared with the manifest, every chunk decoded, every stored graph recomputed.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcmlip.data import adjacency
+from hpcmlip.data.lattice import lacks_volume
 from hpcmlip.data.store import MANIFEST, GroupMeta, Store, energy_bit, forces_bit, open_store, read_manifest
 from hpcmlip.errors import DataError
 
@@ -81,6 +82,10 @@ def _contradictions(store: Store, group: GroupMeta, start: int, values: dict[str
         yield "molecule points past the list of molecules"
     if "source" in values and values["source"][:, 0].max(initial=0) >= len(meta.sources):
         yield "source names a file that the store does not list"
+    if {"cell", "pbc"} <= values.keys():
+        flat = lacks_volume(values["cell"], values["pbc"])
+        if flat.any():
+            yield f"cell of row {start + int(flat.argmax())} has no volume"
     if {"pos", "adjacency"} <= values.keys():
         differs = (adjacency.pack(values["pos"], meta.cutoff) != values["adjacency"]).any(axis=1)
         if differs.any():

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from hpcmlip.errors import ConfigError
 from hpcmlip.evaluation.members import find_members, load_members
@@ -15,16 +16,18 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 class EnsembleCalculator(Calculator):
-    """Mean energy and forces of an ensemble at one level of theory, in eV and eV/Å.
+    """Mean energy, forces and stress of an ensemble at one level of theory, in eV, eV/Å and eV/Å³.
 
     `models` are run directories or experiment directories (or one of them), `level` defaults to the last level of the
     config. Energies are totals, including the atomic energies of the level, in float64; the network runs in `dtype`
     (float64 by default: energies that are smooth to the last digit; float32 is as accurate against the reference data).
     After a calculation `atoms.calc.results` also holds `energy_std` (eV) and `forces_std` [N, 3] (eV/Å), the standard
-    deviation over members, if there are several. Raises DataError for structures that the models do not cover.
+    deviation over members, if there are several. There is a stress (xx, yy, zz, yz, xz, xy) for structures that are
+    periodic in three directions, unless a model's forces are no gradient of its energy. Raises DataError for structures
+    that the models do not cover.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces"]
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
 
     def __init__(
         self,
@@ -49,5 +52,7 @@ class EnsembleCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         (said,) = estimate(self.ensemble, [self.atoms], self.level, first=None)
         self.results = {"energy": said.energy, "free_energy": said.energy, "forces": said.forces}
+        if said.stress is not None:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(said.stress)
         if said.energy_std is not None:
             self.results |= {"energy_std": said.energy_std, "forces_std": said.forces_std}

@@ -100,7 +100,15 @@ def _run(task: Task, world: dist.World, spill: Spill) -> Sums:
 def results(task: Task, *, rank: int, size: int) -> Iterator[Result]:
     """Labels and predictions of this rank's structures, a block at a time."""
     # labels in float64: totals are compared; the members convert to the dtype of their networks
-    batches = split_batches(task.dataset, task.section, task.split, rank=rank, size=size, dtype=torch.float64)
+    batches = split_batches(
+        task.dataset,
+        task.section,
+        task.split,
+        cutoff=task.ensemble.cutoff,
+        rank=rank,
+        size=size,
+        dtype=torch.float64,
+    )
     elements = np.array(task.dataset.spec.elements)
     for blocks in batches:
         numbers = [elements[b.species.numpy().reshape(b.num_structures, -1)] for b in blocks]

@@ -19,11 +19,14 @@ from hpcmlip.errors import ConfigError, DataError, RunError
 from hpcmlip.models.export import load_model
 from hpcmlip.models.potential import Potential
 from hpcmlip.plugins import suggest
+from hpcmlip.training.rundir import fixed
 from hpcmlip.units import SYMBOLS
 
 log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.json"
+MEMBER_FOLDERS = ("member_*", "t[0-9][0-9][0-9]*-*")
+"""Run directories in an experiment: of the members of an ensemble, of the trials of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Answer:
     """[P, B, L] float64 eV, totals."""
     forces: np.ndarray
     """[P, B, N, Lf, 3] float64 eV/Å."""
+    stress: np.ndarray | None = None
+    """[P, B, Lf, 3, 3] float64 eV/Å³ of the levels of the forces, where asked for and the block is periodic."""
 
 
 def find_members(paths: Sequence[Path]) -> Found:
@@ -86,7 +91,7 @@ def find_members(paths: Sequence[Path]) -> Found:
     runs: list[Path] = []
     left_out: list[dict[str, str]] = []
     for path in map(Path, paths):
-        members = sorted(p for p in path.glob("member_*") if p.is_dir())
+        members = sorted(p for pattern in MEMBER_FOLDERS for p in path.glob(pattern) if p.is_dir())
         if path.name == MODEL_FILE or (path / MODEL_FILE).is_file():
             candidates, reasons = [path], [None]
         elif members:
@@ -164,6 +169,23 @@ class Ensemble:
     def first(self) -> Member:
         return self.members[0]
 
+    @property
+    def cutoff(self) -> float:
+        """Å; the largest of the members."""
+        return max(member.potential.config.cutoff for member in self.members)
+
+    @property
+    def is_conservative(self) -> bool:
+        """Are the forces of all members gradients of their energies? Otherwise there is no stress."""
+        return all(member.potential.is_conservative for member in self.members)
+
+    def settings(self) -> list[dict[str, object]]:
+        """For each member, dotted key -> value of the settings that are not the same for all; seed and name aside."""
+        configs = [fixed(member.info["config"]) for member in self.members]
+        keys = dict.fromkeys(key for config in configs for key in config if key not in ("name", "train.seed"))
+        different = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
+        return [{key: config.get(key) for key in different} for config in configs]
+
     def check_level(self, level: str) -> None:
         """Raises ConfigError if the models have no such level."""
         if level not in self.first.spec.levels:
@@ -178,17 +200,34 @@ class Ensemble:
                 f"the models know {_symbols(self.first.spec.elements)} only"
             )
 
+    def check_periodic(self, where: str) -> None:
+        """Raises DataError, for something periodic, if a model computes molecules only."""
+        for member in self.members:
+            config = member.potential.config
+            if "periodic" in config.limits:
+                raise DataError(
+                    f"{where} is periodic, which model '{config.kind}' does not compute: {config.limits['periodic']}"
+                )
+
     def ask(
-        self, blocks: Sequence[AtomsBatch], numbers: Sequence[np.ndarray], levels: Sequence[str], forces: Sequence[str]
+        self,
+        blocks: Sequence[AtomsBatch],
+        numbers: Sequence[np.ndarray],
+        levels: Sequence[str],
+        forces: Sequence[str],
+        *,
+        stress: bool = False,
     ) -> list[Answer]:
         """Answers for blocks of equally sized structures with atomic numbers [B, N] (the blocks' own species and labels
-        are not used): energies of `levels`, forces of the levels `forces`."""
-        each = [self._ask_member(member, blocks, numbers, levels, forces) for member in self.members]
+        are not used): energies of `levels`, forces and, of periodic blocks, `stress` of the levels `forces`."""
+        each = [self._ask_member(member, blocks, numbers, levels, forces, stress) for member in self.members]
         return [
-            Answer(*(np.stack(parts) for parts in zip(*answers, strict=True))) for answers in zip(*each, strict=True)
+            Answer(*(None if parts[0] is None else np.stack(parts) for parts in zip(*answers, strict=True)))
+            for answers in zip(*each, strict=True)
         ]
 
-    def _ask_member(self, member: Member, blocks, numbers, levels, forces) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _ask_member(self, member: Member, blocks, numbers, levels, forces, stress) -> list[tuple]:
+        """(energy, forces, stress or None) of one member, by block."""
         spec = member.spec
         species = [member.species_of[z] for z in numbers]
         inputs = [
@@ -202,11 +241,12 @@ class Ensemble:
         wanted = sorted(spec.levels.index(name) for name in forces)
         planes = [wanted.index(spec.levels.index(name)) for name in forces]
         answers = []
-        for block, s, said in zip(inputs, species, member.potential(inputs, force_levels=wanted), strict=True):
+        predictions = member.potential(inputs, force_levels=wanted, stress=stress)
+        for block, s, said in zip(inputs, species, predictions, strict=True):
             energy = _array(said.energy)[:, columns] + spec.reference_energy(s)[:, columns]
             B, N = s.shape
             force = np.zeros((B, N, 0, 3)) if not wanted else _array(said.forces).reshape(B, N, -1, 3)[:, :, planes]
-            answers.append((energy, force))
+            answers.append((energy, force, None if said.stress is None else _array(said.stress)[:, planes]))
             assert block.num_structures == B
         return answers
 

@@ -32,9 +32,8 @@ VERSIONS = ("hpcmlip", "torch", "numpy", "zarr", "scipy")
 def write(task: Task, found: Found, figures: dict, *, unit: str, partial: Path) -> None:
     """Write all files of an evaluation and print the table; rank 0 only."""
     content = describe(task, found, unit) | figures
-    content["members"] = [
-        about | own for about, own in zip(map(_about, task.ensemble.members), figures["members"], strict=True)
-    ]
+    about = zip(map(_about, task.ensemble.members), task.ensemble.settings(), figures["members"], strict=True)
+    content["members"] = [{**who, "settings": settings, **own} for who, settings, own in about]
     shapes = predictions.Shapes(len(task.ensemble.members), len(task.levels), len(task.force_levels))
     attributes = {
         "levels": list(task.levels),
@@ -77,7 +76,9 @@ def describe(task: Task, found: Found, unit: str) -> dict:
         "confidence": CONFIDENCE,
         "trained": task.ensemble.first.trained,
         "split": {"name": task.split, **meta.split},
-        "notes": notes(task.split, meta.split, store.digest, trained_on) + limits(task.ensemble),
+        "notes": notes(task.split, meta.split, store.digest, trained_on)
+        + limits(task.ensemble)
+        + different_settings(task.ensemble),
         "num_structures": task.dataset.count(task.split),
         "store": {
             "path": str(store.path),
@@ -157,6 +158,17 @@ def limits(ensemble: Ensemble) -> list[str]:
         f"Model {kind}: {MODEL_LIMITS[name]} ({reason})."
         for kind, config in models.items()
         for name, reason in config.limits.items()
+    ]
+
+
+def different_settings(ensemble: Ensemble) -> list[str]:
+    """What a mean over the trials of a sweep is not."""
+    names = list(ensemble.settings()[0])
+    if not names:
+        return []
+    return [
+        f"The members differ in {', '.join(names)}, not in their seed alone: means, intervals and the ensemble are "
+        "over settings and say nothing of the uncertainty of one of them; compare the members one by one."
     ]
 
 

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from hpcmlip.batch import AtomsBatch
+from hpcmlip.data.lattice import lacks_volume
+from hpcmlip.data.plan import pairs
 from hpcmlip.errors import DataError
 from hpcmlip.evaluation.members import Ensemble, find_members, load_members
 from hpcmlip.evaluation.sums import std
-from hpcmlip.graph import DenseTopology
+from hpcmlip.neighbours import topology
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +41,15 @@ class Estimate:
     """Standard deviation over members (n - 1); None for one member, which cannot tell."""
     forces_std: np.ndarray | None
     """[N, 3], of each component."""
+    stress: np.ndarray | None = None
+    """[3, 3] eV/Å³, positive under tension, of a structure that is periodic in three directions; None for others, and
+    if a model's forces are no gradient."""
 
 
 def predict(models: Sequence[Path], structures: Path, out: Path, *, level: str | None = None) -> None:
     """Write `structures` with energy, forces, energy_std, forces_std and level as extended XYZ; in eV and eV/Å.
 
+    Those that are periodic in three directions get their stress in eV/Å³ too, if the models have one.
     Raises ConfigError for an unknown level, DataError for a file or a structure that cannot be used; `out` then stays
     as it was.
     """
@@ -79,13 +86,14 @@ def estimate(ensemble: Ensemble, structures: Sequence[Atoms], level: str, *, fir
     """One estimate a structure, in order; equally large ones are computed together.
 
     `first` is the number of the first structure, for messages; None: the structure has no number. Raises DataError for
-    an element that the models do not know, a periodic structure, no atoms, or coordinates that give no finite result.
+    an element that the models do not know, a periodic structure for models of molecules, a cell without volume, no
+    atoms, or coordinates that give no finite result.
     """
     names = ["the structure" if first is None else f"structure {first + i}" for i in range(len(structures))]
     for atoms, name in zip(structures, names, strict=True):
         check(ensemble, atoms, name)
     estimates: list[Estimate | None] = [None] * len(structures)
-    for rows in _equal_sizes(structures):
+    for rows in _alike(structures):
         parts = _estimate_block(ensemble, [structures[i] for i in rows], level)
         for i, said in zip(rows, parts, strict=True):
             if not (np.isfinite(said.energy) and np.isfinite(said.forces).all()):
@@ -99,37 +107,42 @@ def check(ensemble: Ensemble, atoms: Atoms, name: str) -> None:
     if not len(atoms):
         raise DataError(f"{name} has no atoms")
     if atoms.pbc.any():
-        raise DataError(
-            f"{name} is periodic (pbc {' '.join('T' if p else 'F' for p in atoms.pbc)}): these models compute "
-            "molecules only; set pbc to F F F if it is a molecule in a box"
-        )
+        flags = " ".join("T" if p else "F" for p in atoms.pbc)
+        ensemble.check_periodic(f"{name} (pbc {flags}; a molecule in a box would have F F F)")
+    if lacks_volume(atoms.cell[None], atoms.pbc[None]).any():
+        raise DataError(f"{name} is periodic, but its cell {atoms.cell.tolist()} has no volume")
     if not np.isfinite(atoms.positions).all():
         raise DataError(f"{name} has coordinates that are not finite numbers")
     ensemble.check_elements(atoms.numbers, name)
 
 
-def _equal_sizes(structures: Sequence[Atoms]) -> Iterator[list[int]]:
-    sizes = np.array([len(atoms) for atoms in structures])
-    for size in np.unique(sizes):
-        rows = np.flatnonzero(sizes == size).tolist()
-        step = max(1, PAIRS_PER_BLOCK // int(size) ** 2)
+def _alike(structures: Sequence[Atoms]) -> Iterator[list[int]]:
+    """Rows of structures of one size, all periodic or none, as many as are computed together."""
+    kinds = np.array([(len(atoms), bool(atoms.pbc.any())) for atoms in structures])
+    for size, periodic in np.unique(kinds, axis=0).tolist():
+        rows = np.flatnonzero((kinds == (size, periodic)).all(axis=1)).tolist()
+        step = max(1, PAIRS_PER_BLOCK // pairs(size, periodic=bool(periodic)))
         yield from (rows[i : i + step] for i in range(0, len(rows), step))
 
 
 def _estimate_block(ensemble: Ensemble, structures: Sequence[Atoms], level: str) -> list[Estimate]:
     B, N = len(structures), len(structures[0])
+    pos = np.stack([atoms.positions for atoms in structures])
+    cell, pbc = np.stack([atoms.cell[:] for atoms in structures]), np.stack([atoms.pbc for atoms in structures])
     block = AtomsBatch(
         species=torch.zeros(B * N, dtype=torch.int64),  # `ask` goes by the atomic numbers
-        pos=torch.from_numpy(np.concatenate([atoms.positions for atoms in structures])),
-        topology=DenseTopology(B, N),
+        pos=torch.from_numpy(pos.reshape(-1, 3)),
+        topology=topology(pos, ensemble.cutoff, cell=cell, pbc=pbc),
         energy=None,
         forces=None,
         weight=torch.ones(B, dtype=torch.float64),
         source=np.zeros((B, 4), dtype=np.int64),
     )
     numbers = np.stack([atoms.numbers for atoms in structures])
-    (answer,) = ensemble.ask([block], [numbers], [level], [level])
+    (answer,) = ensemble.ask([block], [numbers], [level], [level], stress=ensemble.is_conservative)
     energy, forces = answer.energy[:, :, 0], answer.forces[:, :, :, 0]
+    # along an open direction a cell has no length of its own, hence no volume
+    has_stress = pbc.all(axis=1) & (answer.stress is not None)
     many = len(energy) > 1
     energy_std, forces_std = std(energy), std(forces)
     return [
@@ -138,6 +151,7 @@ def _estimate_block(ensemble: Ensemble, structures: Sequence[Atoms], level: str)
             forces=forces[:, b].mean(axis=0),
             energy_std=float(energy_std[b]) if many else None,
             forces_std=forces_std[b] if many else None,
+            stress=answer.stress[:, b, 0].mean(axis=0) if has_stress[b] else None,
         )
         for b in range(B)
     ]
@@ -146,8 +160,9 @@ def _estimate_block(ensemble: Ensemble, structures: Sequence[Atoms], level: str)
 def _annotated(atoms: Atoms, said: Estimate, level: str) -> Atoms:
     """The structure with what was said of it; labels that came with it make way."""
     result = atoms.copy()
-    result.calc = SinglePointCalculator(result, energy=said.energy, forces=said.forces)
-    for name in ("energy", "forces", "energy_std", "forces_std"):
+    stress = {} if said.stress is None else {"stress": full_3x3_to_voigt_6_stress(said.stress)}
+    result.calc = SinglePointCalculator(result, energy=said.energy, forces=said.forces, **stress)
+    for name in ("energy", "forces", "stress", "energy_std", "forces_std"):
         result.info.pop(name, None)
         result.arrays.pop(name, None)
     result.info["level"] = level

@@ -67,6 +67,8 @@ def _how_to_cite(content: dict) -> str:
     energies = "Energies are errors of the total energy of a molecule, forces of a Cartesian component."
     if n < 2:
         return f"{energies} One member gives no interval; train several that differ in their seed."
+    if content["members"][0]["settings"]:
+        return escape(f"{energies} The members are trials of different settings: cite one of them, not their mean.")
     level, prop, values = [(name, p, v) for name, props in content["levels"].items() for p, v in props.items()][-1]
     example = f"{level} {prop}: RMSE {table.estimate(values['rmse'], values['ci95_rmse'])} {values['unit']}"
     text = (
@@ -133,14 +135,15 @@ def _members(content: dict) -> str:
     rows = [
         (
             m["run"],
+            ", ".join(f"{key} {value}" for key, value in m["settings"].items()),
             m["seed"],
             (m["best"] or {}).get("epoch", ""),
             *(table.number(m["levels"][level][prop]["rmse"]) for level, prop in labels),
         )
         for m in content["members"]
     ]
-    header = ("run", "seed", "best epoch", *(f"RMSE {level} {prop}" for level, prop in labels))
-    return _table(header, rows, numeric_from=1)
+    header = ("run", "settings", "seed", "best epoch", *(f"RMSE {level} {prop}" for level, prop in labels))
+    return _table(header, rows, numeric_from=2)
 
 
 def _identity(content: dict) -> str:

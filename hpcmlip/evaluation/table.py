@@ -38,6 +38,23 @@ def rows(content: dict) -> list[tuple[str, ...]]:
     return found
 
 
+def member_rows(content: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of strings of members with different settings, as in a sweep; no rows for an ensemble."""
+    settings = list(content["members"][0]["settings"])
+    if not settings:
+        return (), []
+    labels = [(level, prop) for level, props in content["levels"].items() for prop in props]
+    rows = [
+        (
+            Path(member["run"]).name,
+            *(str(member["settings"][key]) for key in settings),
+            *(number(member["levels"][level][prop]["rmse"]) for level, prop in labels),
+        )
+        for member in content["members"]
+    ]
+    return ("member", *settings, *(f"RMSE {level} {prop}" for level, prop in labels)), rows
+
+
 def number(value: float) -> str:
     """Three significant digits, at least two decimals from 1 to 100."""
     if value >= 100:
@@ -81,6 +98,12 @@ def show(content: dict, out: Path) -> None:
         grid.add_row(*row)
     console.print(grid)
     console.print(caption(content), markup=False, highlight=False)
+    header, member_lines = member_rows(content)
+    if member_lines:
+        each = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in member_lines:
+            each.add_row(*row)
+        console.print(each)
     for item in content["left_out"]:
         console.print(f"left out: {item['run']}: {item['reason']}", markup=False, highlight=False)
     for note in content["notes"]:

@@ -40,7 +40,8 @@ class Task:
 def prepare(runs: Sequence[Path], store: Path, split: str, device: torch.device) -> Task:
     """Load the members and open the store for all levels that both know.
 
-    Raises DataError if they share no level, if an element is unknown to the models, or if the split is empty.
+    Raises DataError if they share no level, if an element is unknown to the models, if the store is periodic and they
+    are for molecules, or if the split is empty.
     """
     ensemble = load_members(runs, device=device)
     meta = open_store(store).meta
@@ -52,6 +53,8 @@ def prepare(runs: Sequence[Path], store: Path, split: str, device: torch.device)
             f"{', '.join(held)}: nothing to compare"
         )
     ensemble.check_elements(np.array(meta.elements), f"the store {store}")
+    if meta.periodic:
+        ensemble.check_periodic(f"the store {store}")
     dataset = Dataset.open([Path(store)], wanted)
     if not dataset.count(split):
         counts = ", ".join(f"{name}: {dataset.count(name)}" for name in SPLITS)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hpcmlip.errors import DataError
 from hpcmlip.preprocess.config import LevelSource
 
 
@@ -44,6 +45,10 @@ class Rows:
     """[R, Lf, N, 3] float32 eV/Å, true forces -dE/dR; NaN: no label."""
     molecule: np.ndarray
     """[R] str: SMILES where the file has it, else the formula."""
+    cell: np.ndarray | None = None
+    """[R, 3, 3] float64 Å, rows are lattice vectors; None: molecules."""
+    pbc: np.ndarray | None = None
+    """[R, 3] bool: along which lattice vectors a structure repeats; None: molecules."""
 
 
 class RawFile(ABC):
@@ -77,3 +82,24 @@ class RawLevel:
 
 Levels = Sequence[RawLevel]
 PathLike = Path | str
+
+
+@dataclass(frozen=True)
+class Version:
+    """A file as it is now: what was found in it may be kept in memory as long as this stays the same."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+def version(path: Path) -> Version:
+    """Raises DataError for a file that is absent or empty."""
+    try:
+        stat = path.stat()
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"cannot read the source {path}: {error.strerror}") from None
+    if not stat.st_size:
+        raise DataError(f"the source {path} is empty; fetch it again")
+    return Version(path, stat.st_size, stat.st_mtime_ns)

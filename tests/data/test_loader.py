@@ -26,7 +26,9 @@ def section(store, levels, **settings) -> DataSection:
 
 def loader(store, streams, num_streams=6, seed=0, levels=None) -> TrainLoader:
     data = section(store, levels or {"dz": "EF", "cc": "E"})
-    return TrainLoader(Dataset.open([store], data.levels), data, streams=streams, num_streams=num_streams, seed=seed)
+    return TrainLoader(
+        Dataset.open([store], data.levels), data, streams=streams, num_streams=num_streams, seed=seed, cutoff=6.5
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -36,7 +38,7 @@ def test_labels_are_those_of_the_raw_file(ab_initio_store, samples, split):
     seen = 0
     with h5py.File(samples["ab_initio"]) as raw:
         paths = sorted(raw)
-        for batch in itertools.chain.from_iterable(split_batches(dataset, data, split, rank=0, size=1)):
+        for batch in itertools.chain.from_iterable(split_batches(dataset, data, split, cutoff=6.5, rank=0, size=1)):
             N = batch.topology.num_atoms
             for b, (_, _, ordinal, row) in enumerate(batch.source.tolist()):
                 group, atoms = raw[paths[ordinal]], slice(b * N, (b + 1) * N)
@@ -59,7 +61,7 @@ def test_splits_share_nothing_and_cover_everything(ab_initio_store):
     ids = [
         tuple(s)
         for split in ("train", "val", "test")
-        for micro in split_batches(dataset, data, split, rank=0, size=1)
+        for micro in split_batches(dataset, data, split, cutoff=6.5, rank=0, size=1)
         for batch in micro
         for s in batch.source.tolist()
     ]
@@ -70,7 +72,7 @@ def test_splits_share_nothing_and_cover_everything(ab_initio_store):
 def test_split_batches_visit_each_structure_once_over_all_ranks(ab_initio_store, size):
     dataset = Dataset.open([ab_initio_store], {"cc": "E"})
     data = section(ab_initio_store, {"cc": "E"})
-    parts = [list(split_batches(dataset, data, "val", rank=r, size=size)) for r in range(size)]
+    parts = [list(split_batches(dataset, data, "val", cutoff=6.5, rank=r, size=size)) for r in range(size)]
     ids = [tuple(s) for part in parts for micro in part for batch in micro for s in batch.source.tolist()]
     assert len(ids) == len(set(ids)) == dataset.count("val")
 
@@ -123,7 +125,7 @@ def test_seed_changes_the_order(ab_initio_store):
 def test_a_small_cache_gives_the_same_batches(ab_initio_store):
     data = section(ab_initio_store, {"dz": "EF", "cc": "E"}, cache_mb=0)
     dataset = Dataset.open([ab_initio_store], data.levels)
-    small = TrainLoader(dataset, data, streams=range(2), num_streams=2, seed=0)
+    small = TrainLoader(dataset, data, streams=range(2), num_streams=2, seed=0, cutoff=6.5)
     large = loader(ab_initio_store, range(2), num_streams=2)
     for a, b in zip(small.batches(0), large.batches(0), strict=True):
         for x, y in zip(itertools.chain(*a), itertools.chain(*b), strict=True):
@@ -137,7 +139,7 @@ def test_offsets_are_a_least_squares_fit_of_the_training_split(ab_initio_store):
     data = section(ab_initio_store, dataset_levels(dataset))
     counts, energies = [], []
     for batch in itertools.chain.from_iterable(
-        split_batches(dataset, data, "train", rank=0, size=1, dtype=torch.float64)
+        split_batches(dataset, data, "train", cutoff=6.5, rank=0, size=1, dtype=torch.float64)
     ):
         species = batch.species.reshape(batch.num_structures, -1).numpy()
         counts.append(np.stack([(species == e).sum(1) for e in range(4)], axis=1))
@@ -158,7 +160,9 @@ def test_two_stores_are_one_data_set(ab_initio_store):
     assert two.count("train") == 2 * one.count("train")
     np.testing.assert_allclose(two.spec.residual, one.spec.residual, atol=1e-8)
     data = section(ab_initio_store, {"cc": "E"})
-    stores = {s[0] for m in split_batches(two, data, "val", rank=0, size=1) for b in m for s in b.source.tolist()}
+    stores = {
+        s[0] for m in split_batches(two, data, "val", cutoff=6.5, rank=0, size=1) for b in m for s in b.source.tolist()
+    }
     assert stores == {0, 1}
 
 

@@ -35,7 +35,7 @@ def make_member(
     dataset = Dataset.open([store], levels)
     potential = Potential(config.model, dataset.spec, seed=seed).train()
     optimizer = torch.optim.Adam(potential.parameters(), lr=5e-3)
-    loader = TrainLoader(dataset, config.data, streams=[0], num_streams=1, seed=seed)
+    loader = TrainLoader(dataset, config.data, streams=[0], num_streams=1, seed=seed, cutoff=config.model.cutoff)
     run.mkdir(parents=True)
     with (run / "metrics.jsonl").open("w") as log:
         for step, (blocks,) in zip(range(1, steps + 1), loader.batches(0), strict=False):

@@ -127,10 +127,6 @@ def test_a_file_with_labels_keeps_its_own_data_but_not_its_labels(experiment, tm
     assert len(second) == 3
 
 
-def _periodic():
-    return Atoms("H2O", molecule("H2O").positions, cell=[9, 9, 9], pbc=True)
-
-
 def _not_finite():
     atoms = molecule("H2O")
     atoms.positions[1, 2] = np.nan
@@ -147,7 +143,6 @@ def _coincident():
     ("bad", "message"),
     [
         (lambda: molecule("CH3Cl"), r"structure 1 holds Cl; the models know H C N O only"),
-        (_periodic, r"structure 1 is periodic .*set pbc to F F F"),
         (_not_finite, r"structure 1 has coordinates that are not finite"),
         (_coincident, r"structure 1 gives no finite energy"),
         (Atoms, r"structure 1 has no atoms"),

@@ -1,0 +1,39 @@
+"""Cells of periodic structures, without torch: have they a volume, how near come the atoms and their images?"""
+
+import numpy as np
+
+FLAT = 0.1
+"""Å."""
+
+
+def lacks_volume(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """[R] bool of cells [R, 3, 3] Å, rows are lattice vectors, and periodic directions [R, 3] bool.
+
+    True where the vectors along which a structure repeats are not finite or do not span as many dimensions. A lattice
+    with layers nearer than `FLAT` counts as flat: its images are without number (is the cell in metres?).
+    """
+    return np.array([_lacks_volume(c[p]) for c, p in zip(np.asarray(cell), np.asarray(pbc, dtype=bool), strict=True)])
+
+
+def _lacks_volume(vectors: np.ndarray) -> bool:
+    if not len(vectors):
+        return False
+    if not np.isfinite(vectors).all():
+        return True
+    extents = np.linalg.svd(vectors, compute_uv=False)
+    return bool(extents[-1] < max(FLAT, 1e-6 * extents[0]))
+
+
+def nearest_distances(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, reach: float) -> np.ndarray:
+    """[R] distance of the two nearest atoms of finite positions [R, N, 3] Å, images counted; inf beyond `reach` Å.
+
+    `cell` [R, 3, 3] and `pbc` [R, 3] as above, with a volume.
+    """
+    from vesin import NeighborList  # few data sets need it
+
+    search = NeighborList(cutoff=reach, full_list=False)
+    nearest = np.full(len(pos), np.inf)
+    for row, (x, box, periodic) in enumerate(zip(pos, cell, pbc, strict=True)):
+        (distances,) = search.compute(x.astype(np.float64), np.where(periodic[:, None], box, 0), periodic, "d")
+        nearest[row] = distances.min(initial=np.inf)
+    return nearest
