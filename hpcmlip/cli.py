@@ -102,13 +102,22 @@ def train(
 
 @app.command()
 def submit(
-    run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
+    run: Annotated[Path | None, typer.Argument(metavar="RUN.yaml")] = None,
     overrides: Overrides = None,
-    members: Annotated[int, typer.Option(min=1, help="Size of the ensemble; members differ in their seed.")] = 1,
-    evaluate: Annotated[
-        Path | None, typer.Option(metavar="STORE", help="Evaluate the ensemble on this store afterwards.")
+    members: Annotated[
+        int | None, typer.Option(min=1, help="Size of the ensemble, default 1; members differ in their seed.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split that is evaluated: train, val or test.")] = "test",
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="SWEEP.yaml", help="Grid, random or list of settings to try instead.")
+    ] = None,
+    retry: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="In place of RUN.yaml: the members of an experiment that have not finished."),
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="STORE", help="Evaluate the members on this store afterwards.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split that is evaluated: train, val or test (default).")] = None,
     site: Annotated[
         Path | None,
         typer.Option(
@@ -123,22 +132,29 @@ def submit(
     ranks: Annotated[int, typer.Option(min=1, help="--local: processes a member.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the scripts, submit nothing.")] = False,
 ):
-    """Train an ensemble as a Slurm array job, evaluation as a dependent job."""
+    """Train an ensemble or a sweep as a Slurm array job, evaluation as a dependent job."""
     from hpcmlip.cluster import submission
     from hpcmlip.config import RunConfig, load
 
+    how = submission.How(site, local, ranks, dry_run)
+    if retry is not None:
+        options = {"RUN.yaml": run, "--members": members, "--sweep": sweep, "--evaluate": evaluate, "--split": split}
+        given = [key for key, value in (options | {"--run-dir": run_dir}).items() if value is not None]
+        if given:
+            raise ConfigError(f"--retry takes everything from the experiment {retry}: leave out {', '.join(given)}")
+        sys.exit(submission.retry(retry, how))
+    if run is None:
+        raise ConfigError("submit needs a RUN.yaml, or --retry DIR for the members of an experiment")
     config = load(RunConfig, run, overrides or ())
     sys.exit(
         submission.submit(
             config,
             run_dir or Path("runs") / config.name,
             members=members,
+            sweep_file=sweep,
             evaluate=evaluate,
             split=split,
-            site=site,
-            local=local,
-            ranks=ranks,
-            dry_run=dry_run,
+            how=how,
         )
     )
 
@@ -148,7 +164,7 @@ def status(
     experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Experiment directory that submit made.")],
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ):
-    """One line a member: state, step, best validation, time left, restarts. Reads files only."""
+    """One line a member: state, step, best validation, time left, restarts. Reads files, and asks Slurm once."""
     from hpcmlip.cluster import status as members
 
     members.show(experiment, as_json=json)
@@ -160,6 +176,19 @@ def cancel(experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Exper
     from hpcmlip.cluster import status as members
 
     members.cancel(experiment)
+
+
+@app.command()
+def doctor(
+    site: Annotated[
+        Path | None, typer.Option(metavar="SITE.yaml", help="Compare it with this cluster; default: the package's.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+):
+    """Check machine, environment, this folder and the cluster before the queue does."""
+    from hpcmlip.cluster import doctor as doctors
+
+    sys.exit(doctors.diagnose(site, as_json=json))
 
 
 @app.command()

@@ -1,15 +1,17 @@
-"""The experiment directory: an ensemble of one config, its members' configs, and who of them has finished.
+"""The experiment directory: an ensemble or a sweep of one config, its members' configs, and who of them has finished.
 
-experiment.json           members, seeds, what is evaluated, who made it
-run.yaml                  the resolved config; member i differs in train.seed alone
+experiment.json           members and the values in which each differs, what is evaluated, who made it
+run.yaml                  what was set in RUN.yaml and on the command line
+sweep.yaml                of a sweep: what was asked for
 configs/member_00.yaml    complete: `hpcmlip train configs/member_00.yaml --run-dir member_00` does one by hand
 site.yaml                 what the batch scripts were made with
 slurm/                    batch scripts, their output, one line for each thing that happened to a member
 jobs.json                 ids of the jobs submitted
-member_00/ ...            run directories
+member_00/ ...            run directories; of a sweep t000-lr0.001-features64/ ...
 evaluation/               of the dependent job
 """
 
+import dataclasses
 import getpass
 import hashlib
 import json
@@ -17,29 +19,46 @@ import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import hpcmlip
 from hpcmlip.cluster.script import Evaluation
-from hpcmlip.config import RunConfig, dump, load
+from hpcmlip.config import RunConfig, changed, dump, load
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, RunError, UserError
-from hpcmlip.training.rundir import DONE, differing, write_atomic
+from hpcmlip.training.rundir import DONE, differing, fixed, write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 RECORD = "experiment.json"
+SWEEP = "sweep.yaml"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of an experiment."""
+
+    name: str
+    """Of its run directory."""
+    values: dict[str, Any]
+    """Dotted key -> value, where its config differs from the experiment's."""
+
+
+def ensemble(config: RunConfig, count: int) -> tuple[Member, ...]:
+    """Members that differ in their seed: the config's plus their index."""
+    return tuple(Member(f"member_{i:02d}", {"train.seed": config.train.seed + i}) for i in range(count))
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An ensemble of `members` runs of `config`, in `folder` (absolute)."""
+    """Runs of `config` with other values each, in `folder` (absolute). A member is known by its index."""
 
     folder: Path
     config: RunConfig
-    members: int
+    members: tuple[Member, ...]
     evaluation: Evaluation | None = None
 
     def name(self, member: int) -> str:
-        return f"member_{member:02d}"
+        return self.members[member].name
 
     def run_dir(self, member: int) -> Path:
         return self.folder / self.name(member)
@@ -60,23 +79,23 @@ class Experiment:
         return self.folder / "evaluation"
 
     def member_config(self, member: int) -> RunConfig:
-        """Config of a member: its seed is the config's plus its index."""
-        train = self.config.train.model_copy(update={"seed": self.config.train.seed + member})
-        return self.config.model_copy(update={"train": train})
+        """Complete config of a member; raises ConfigError if its values make none."""
+        found = self.members[member]
+        return changed(self.config, found.values, self.folder, where=found.name)
 
     def unfinished(self) -> list[int]:
         """Members without a finished model."""
-        return [member for member in range(self.members) if not is_finished(self.run_dir(member))]
+        return [member for member in range(len(self.members)) if not is_finished(self.run_dir(member))]
 
     def is_evaluated(self) -> bool:
         """Whether the evaluation that is asked for is there, and of the members' present weights."""
         try:
             metrics = json.loads((self.evaluation_folder / "metrics.json").read_text())
-            done = [json.loads((self.run_dir(i) / DONE).read_text()) for i in range(self.members)]
+            done = [json.loads((self.run_dir(i) / DONE).read_text()) for i in range(len(self.members))]
             seen = (
                 metrics["store"]["digest"],
                 metrics["split"]["name"],
-                [m["weights_sha256"] for m in metrics["members"]],
+                sorted(m["weights_sha256"] for m in metrics["members"]),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -84,7 +103,7 @@ class Experiment:
             asked = open_store(self.evaluation.store).digest, self.evaluation.split
         except UserError:  # removed or damaged since: what was evaluated cannot be compared any more
             return False
-        return seen == (*asked, [member.get("weights_sha256") for member in done])
+        return seen == (*asked, sorted(str(member.get("weights_sha256")) for member in done))
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -109,34 +128,52 @@ def open_experiment(folder: Path) -> Experiment:
         raise RunError(f"{path} cannot be read: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
         raise RunError(f"{path} is damaged: it has no schema number")
-    if record["schema"] > SCHEMA:
-        raise RunError(f"{path} has schema {record['schema']}, this hpcmlip reads up to {SCHEMA}: upgrade hpcmlip")
+    if record["schema"] != SCHEMA:
+        way = "upgrade hpcmlip" if record["schema"] > SCHEMA else "submit RUN.yaml with another --run-dir"
+        raise RunError(f"{path} has schema {record['schema']}, this hpcmlip reads {SCHEMA}: {way}")
     config = load(RunConfig, folder / "run.yaml")
-    wanted = record["evaluate"]
-    evaluation = Evaluation(Path(wanted["store"]), wanted["split"]) if wanted else None
-    return Experiment(folder, config, record["members"], evaluation)
+    try:
+        wanted, members = record["evaluate"], tuple(Member(**member) for member in record["members"])
+        evaluation = Evaluation(Path(wanted["store"]), wanted["split"]) if wanted else None
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+    return Experiment(folder, config, members, evaluation)
 
 
-def check_folder(experiment: Experiment) -> None:
-    """Raises ConfigError if the folder holds something else, or an experiment that this one does not continue."""
-    folder = experiment.folder
+def identity(config: RunConfig) -> str:
+    """The same for configs that give the same run."""
+    return json.dumps(fixed(json.loads(config.model_dump_json())), sort_keys=True)
+
+
+def previous(folder: Path) -> Experiment | None:
+    """The experiment that a folder holds already, if any; raises ConfigError if it holds something else."""
+    folder = folder.absolute()
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+        return None
     if not (folder / RECORD).is_file():
         what = "a single run" if (folder / "config.yaml").exists() else "something else"
         raise ConfigError(f"{folder} holds {what}, no experiment; name another folder with --run-dir")
-    before = open_experiment(folder)
-    changed = differing(*(json.loads(config.model_dump_json()) for config in (before.config, experiment.config)))
-    if changed:
+    return open_experiment(folder)
+
+
+def check_goes_on(before: Experiment, now: Experiment) -> None:
+    """Raises ConfigError unless `now` begins with the members that were there before, each with the same config."""
+    was, asked = len(before.members), len(now.members)
+    missing = [member.name for member in before.members if member.name not in {m.name for m in now.members}]
+    if missing:
         raise ConfigError(
-            f"{folder} holds an experiment with another config ({'; '.join(changed[:5])}); "
-            "name another folder with --run-dir, or give it the same config to finish it"
+            f"{now.folder} holds an experiment of {was} members, asked for are {asked} without {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}; ask for all that are there, and more if you like, "
+            "or name another folder with --run-dir"
         )
-    if before.members > experiment.members:
-        raise ConfigError(
-            f"{folder} holds an experiment of {before.members} members, asked for are {experiment.members}; "
-            f"give --members {before.members} or more to finish it, or name another folder with --run-dir"
-        )
+    for member in range(was):
+        configs = (json.loads(e.member_config(member).model_dump_json()) for e in (before, now))
+        changes = differing(*configs)
+        if changes:
+            raise ConfigError(
+                f"{now.folder} holds an experiment with another config ({'; '.join(changes[:5])}); "
+                "name another folder with --run-dir, or give it the same config to finish it"
+            )
 
 
 def write(experiment: Experiment, site_text: str) -> None:
@@ -146,9 +183,9 @@ def write(experiment: Experiment, site_text: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make {folder} ({error.strerror}); give another --run-dir") from None
-    write_atomic(experiment.folder / "run.yaml", dump(experiment.config))
+    write_atomic(experiment.folder / "run.yaml", dump(experiment.config, defaults=False))
     write_atomic(experiment.site_file, site_text)
-    for member in range(experiment.members):
+    for member in range(len(experiment.members)):
         # a member that fails before its first line of log is still seen, and named, by the evaluation
         experiment.run_dir(member).mkdir(exist_ok=True)
         write_atomic(experiment.config_file(member), dump(experiment.member_config(member)))
@@ -165,8 +202,7 @@ def _record(experiment: Experiment) -> dict:
     return {
         "schema": SCHEMA,
         "name": experiment.config.name,
-        "members": experiment.members,
-        "seeds": [experiment.member_config(i).train.seed for i in range(experiment.members)],
+        "members": [dataclasses.asdict(member) for member in experiment.members],
         "evaluate": evaluation and {"store": str(evaluation.store), "split": evaluation.split},
         "written": now(),
         "created_by": f"{getpass.getuser()}@{socket.gethostname()}, hpcmlip {hpcmlip.__version__}",

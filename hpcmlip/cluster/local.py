@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,13 +10,6 @@ from pathlib import Path
 
 from hpcmlip.cluster.experiment import Experiment, now
 from hpcmlip.errors import EXIT_FAILED, EXIT_RESUMABLE
-
-
-def commands(experiment: Experiment, ranks: int) -> tuple[dict[int, list[str]], list[str] | None]:
-    """Commands of the unfinished members and of the evaluation (None where none is asked for or needed)."""
-    members = {i: train_command(experiment, i, ranks) for i in experiment.unfinished()}
-    wanted = experiment.evaluation is not None and (members or not experiment.is_evaluated())
-    return members, evaluate_command(experiment, ranks) if wanted else None
 
 
 def train_command(experiment: Experiment, member: int, ranks: int) -> list[str]:
@@ -38,15 +32,14 @@ def evaluate_command(experiment: Experiment, ranks: int) -> list[str]:
     ]
 
 
-def run(experiment: Experiment, ranks: int) -> int:
-    """Train what is unfinished and evaluate. Exit code: 0; 1 if a member or the evaluation failed; 75 if stopped."""
-    members, evaluation = commands(experiment, ranks)
+def run(experiment: Experiment, members: Sequence[int], ranks: int, *, evaluate: bool) -> int:
+    """Train these members and evaluate. Exit code: 0; 1 if a member or the evaluation failed; 75 if stopped."""
     failed = []
-    for member, command in members.items():
+    for member in members:
         name = experiment.name(member)
-        print(f"== {name} of {experiment.members} ({ranks} process{'es' if ranks > 1 else ''})", flush=True)
+        print(f"== {name} of {len(experiment.members)} ({ranks} process{'es' if ranks > 1 else ''})", flush=True)
         _note(experiment, member, "started")
-        code = _run(command, ranks)
+        code = _run(train_command(experiment, member, ranks), ranks)
         if code == EXIT_RESUMABLE:
             _note(experiment, member, "stopped")
             print(f"== {name} stopped on request; the same command goes on from there", flush=True)
@@ -55,9 +48,9 @@ def run(experiment: Experiment, ranks: int) -> int:
         if code:
             failed.append(name)
             print(f"== {name} failed with exit code {code}; the others go on", flush=True)
-    if evaluation is not None and len(failed) < experiment.members:
+    if evaluate and len(failed) < len(experiment.members):
         print("== evaluation", flush=True)
-        code = _run(evaluation, ranks)
+        code = _run(evaluate_command(experiment, ranks), ranks)
         if code == EXIT_RESUMABLE:
             return code
         failed += ["the evaluation"] if code else []
@@ -102,4 +95,4 @@ def _run(command: Sequence[str], ranks: int) -> int:
 def _note(experiment: Experiment, member: int, what: str) -> None:
     path: Path = experiment.history_file(member)
     with path.open("a", encoding="utf-8") as file:
-        file.write(f"{now()} local {what}\n")
+        file.write(f"{now()} local-{os.getpid()}@{socket.gethostname()} {what}\n")

@@ -11,6 +11,9 @@ from hpcmlip.errors import RunError
 
 log = logging.getLogger(__name__)
 
+ANSWER_SECONDS = 60
+"""A busy controller may take long to answer."""
+
 
 def check_present() -> None:
     """Raises RunError where there is no Slurm."""
@@ -21,10 +24,10 @@ def check_present() -> None:
         )
 
 
-def sbatch_command(script: Path, *, after: str | None = None) -> list[str]:
-    """Command that submits a script; `after`: job or array whose end, good or bad, it waits for."""
+def sbatch_command(script: Path, *, after: Sequence[str] = ()) -> list[str]:
+    """Command that submits a script; `after`: jobs and arrays whose end, good or bad, it waits for."""
     # afterok on an array waits for ever once a member has failed
-    return ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else []), str(script)]
+    return ["sbatch", "--parsable", *([f"--dependency=afterany:{':'.join(after)}"] if after else []), str(script)]
 
 
 def sbatch(command: Sequence[str], folder: Path) -> str:
@@ -33,22 +36,24 @@ def sbatch(command: Sequence[str], folder: Path) -> str:
     return answer.split(";")[0].strip()  # --parsable gives id;cluster on a federation
 
 
-def queued(jobs: Sequence[str]) -> list[str]:
-    """Those of these jobs and arrays that still wait or run."""
-    waiting = []
-    for job in jobs:
-        # one at a time: squeue refuses the whole list for one id that Slurm has forgotten
+def states(jobs: Sequence[str]) -> dict[str, str]:
+    """State (PENDING, RUNNING, ...) of each job or array task (ARRAY_TASK) of these that has not ended, in one call.
+
+    Raises RunError if Slurm does not answer.
+    """
+    if not jobs:
+        return {}
+    command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(jobs)}"]
+    try:
         found = subprocess.run(
-            ["squeue", "--noheader", "--format=%i", f"--jobs={job}"],
-            env=clean(os.environ),
-            check=False,
-            text=True,
-            capture_output=True,
+            command, env=clean(os.environ), check=False, text=True, capture_output=True, timeout=ANSWER_SECONDS
         )
-        if found.returncode and "Invalid job id" not in found.stderr:
-            raise RunError(f"squeue cannot tell whether job {job} still runs: {found.stderr.strip()}")
-        waiting += [job] if found.stdout.strip() else []
-    return waiting
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RunError(f"squeue cannot tell which jobs still run: {error}") from None
+    # what it says of a single job that Slurm has forgotten; of several it leaves out the forgotten ones
+    if found.returncode and "Invalid job id" not in found.stderr:
+        raise RunError(f"squeue cannot tell which jobs still run: {found.stderr.strip()}")
+    return dict(line.split() for line in found.stdout.splitlines() if line.strip())
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -57,8 +62,9 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def clean(env: Mapping[str, str]) -> dict[str, str]:
-    """Environment without what a surrounding job says about itself: a job submitted from a job would inherit it."""
-    return {key: value for key, value in env.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    """Environment without what a surrounding job says about itself, which a job submitted from it would inherit, and
+    without the user's filters of squeue."""
+    return {k: v for k, v in env.items() if not k.startswith(("SLURM_", "SQUEUE_")) or k == "SLURM_CONF"}
 
 
 def _run(command: Sequence[str], folder: Path) -> str:

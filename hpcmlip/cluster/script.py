@@ -29,8 +29,8 @@ class Evaluation:
     split: str
 
 
-def train_script(site: Site, name: str, experiment: Path, members: Sequence[int]) -> str:
-    """Text of the array job that trains these members (their indices are the task ids)."""
+def train_script(site: Site, name: str, experiment: Path, names: Sequence[str], members: Sequence[int]) -> str:
+    """Text of the array job that trains these members of those with `names` (their indices are the task ids)."""
     directives = [
         f"--array={array_text(members)}%{site.throttle}",
         "--output=slurm/train-%A_%a.out",
@@ -40,15 +40,17 @@ def train_script(site: Site, name: str, experiment: Path, members: Sequence[int]
         f"--signal=B:USR2@{site.warn_seconds}",
     ]
     header = _header(site, site, name, directives)
-    return _render(site, "train.sbatch", header, site.cpus_per_task, {"experiment": experiment})
+    fields = {"experiment": shlex.quote(str(experiment)), "members": shlex.join(names)}
+    return _render(site, "train.sbatch", header, site.cpus_per_task, fields)
 
 
 def evaluate_script(site: Site, name: str, experiment: Path, evaluation: Evaluation) -> str:
     """Text of the job that evaluates the experiment."""
     directives = ["--output=slurm/evaluate-%j.out", "--requeue", "--open-mode=append"]
     values = {"experiment": experiment, "store": evaluation.store, "split": evaluation.split}
+    fields = {key: shlex.quote(str(value)) for key, value in values.items()}
     header = _header(site, site.evaluation, f"{name}-evaluate", directives)
-    return _render(site, "evaluate.sbatch", header, site.evaluation.cpus_per_task, values)
+    return _render(site, "evaluate.sbatch", header, site.evaluation.cpus_per_task, fields)
 
 
 def check_path(experiment: Path) -> None:
@@ -72,7 +74,7 @@ def array_text(members: Sequence[int]) -> str:
     return ",".join("-".join(map(str, part)) for part in parts)
 
 
-def _render(site: Site, template: str, header: str, threads: int, values: dict) -> str:
+def _render(site: Site, template: str, header: str, threads: int, own: dict[str, str]) -> str:
     modules = [f"module load {shlex.join(site.modules)}"] if site.modules else []
     fields = {
         "directives": header,
@@ -80,8 +82,8 @@ def _render(site: Site, template: str, header: str, threads: int, values: dict) 
         "cpus_per_task": str(threads),
         "srun_options": " ".join(map(shlex.quote, site.srun_options)),
         "command": command(site),
+        **own,
     }
-    fields |= {key: shlex.quote(str(value)) for key, value in values.items()}
     try:
         return Template(site.template(template)).substitute(fields)
     except (KeyError, ValueError) as error:

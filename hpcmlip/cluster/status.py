@@ -1,6 +1,7 @@
-"""`hpcmlip status` and `hpcmlip cancel`: what an experiment's files say about its members.
+"""`hpcmlip status` and `hpcmlip cancel`: what an experiment's files say about its members, and whether somebody works.
 
-Nothing is asked of Slurm for the status: it costs the scheduler nothing, and works where there is none.
+Of Slurm the status asks the queue once, and only while members are unfinished; without an answer it is that of the
+files.
 """
 
 import dataclasses
@@ -8,15 +9,19 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from hpcmlip.cluster import scheduler
+from hpcmlip.cluster import activity, scheduler, sweep
+from hpcmlip.cluster.activity import RUNNING, WAITING, Activity, Event
 from hpcmlip.cluster.experiment import Experiment, is_finished, open_experiment
-from hpcmlip.cluster.submission import job_ids
 from hpcmlip.data.inspection import wide_console
+from hpcmlip.errors import RunError
 from hpcmlip.training.reporting import METRICS
 
+QUEUED_AGAIN = "queued again"
+LOST = "lost"
 SPEED_STEPS = 100
 """Steps over which the speed is averaged."""
 
@@ -27,10 +32,14 @@ class Status:
 
     member: str
     state: str
-    """waiting, running, queued again, stopped, failed or finished: what was last written. A job that died without a
-    word still reads running, with a growing `quiet_s`."""
+    """waiting, running, queued again, stopped, failed, finished, or lost: it has not ended and nobody works on it, as
+    after a job that was killed. Where that cannot be known, what was last written, with a growing `quiet_s`."""
+    values: dict[str, Any]
+    """Dotted key -> value in which it differs from the other members."""
     step: int | None
     epoch: int | None
+    epochs: int
+    """To be done at most."""
     best: float | None
     """Lowest validation value of the training objective."""
     unit: str | None
@@ -44,15 +53,17 @@ class Status:
     """Why it failed or stopped."""
 
 
-def read(experiment: Experiment, *, now: float) -> list[Status]:
-    """The status of each member; `now` in seconds since 1970."""
-    return [_member(experiment, i, now) for i in range(experiment.members)]
+def read(experiment: Experiment, *, now: float, queue: dict[str, str] | None = None) -> list[Status]:
+    """The status of each member; `now` in seconds since 1970, `queue` as in `activity.look`."""
+    members = range(len(experiment.members))
+    going_on = activity.look(experiment, members, queue)
+    return [_member(experiment, i, now, going_on) for i in members]
 
 
 def show(folder: Path, *, as_json: bool) -> None:
     """Print the status of an experiment; raises ConfigError if `folder` holds none."""
     experiment = open_experiment(folder)
-    members = read(experiment, now=time.time())
+    members = read(experiment, now=time.time(), queue=_queue(experiment))
     evaluated = experiment.evaluation is not None and experiment.is_evaluated()
     if as_json:
         print(json.dumps({"members": [dataclasses.asdict(m) for m in members], "evaluated": evaluated}, indent=2))
@@ -63,65 +74,102 @@ def show(folder: Path, *, as_json: bool) -> None:
     for m in members:
         best = "" if m.best is None else f"{m.best:.4g} {m.unit}"
         speed = "" if m.structures_per_s is None else f"{m.structures_per_s:.0f}"
-        epoch = "" if m.epoch is None else f"{m.epoch + 1} of {experiment.config.train.epochs}"
+        epoch = "" if m.epoch is None else f"{m.epoch + 1} of {m.epochs}"
         table.add_row(
             *(m.member, m.state, str(m.step or ""), epoch, best, speed),
             *(_duration(m.left_s), str(m.restarts or ""), _duration(m.quiet_s, " ago"), m.note),
         )
     wide_console().print(table)
+    best = lowest(members)
+    if best is not None:
+        print(f"lowest so far: {best.member}, {best.best:.4g} {best.unit}")
     done = sum(m.state == "finished" for m in members)
     print(f"{done} of {len(members)} members finished; {'evaluated' if evaluated else 'not evaluated'}")
+
+
+def lowest(members: list[Status]) -> Status | None:
+    """The trial of a sweep with the lowest validation objective; None of an ensemble, and where the objectives are not
+    of the same kind because the sweep changes the loss or the data."""
+    keys = {key for member in members for key in member.values} - {sweep.SEED}
+    judged = [member for member in members if member.best is not None]
+    if not keys or not judged or any(key.split(".")[0] in ("loss", "data") for key in keys):
+        return None
+    return min(judged, key=lambda member: member.best)
 
 
 def cancel(folder: Path) -> None:
     """Cancel the jobs of an experiment that wait or run; raises ConfigError if `folder` holds none."""
     experiment = open_experiment(folder)
-    ids = job_ids(experiment)
+    ids = [job.id for job in activity.jobs(experiment)]
     if ids:
         scheduler.check_present()
-    jobs = scheduler.queued(ids)
+    jobs = activity.look(experiment, (), scheduler.states(ids)).jobs
     if not jobs:
         print(f"No job of {experiment.folder} waits or runs.")
         return
     scheduler.cancel(jobs)
-    print(f"Cancelled: {', '.join(jobs)}. Members that have begun have a checkpoint; submit again to go on.")
+    print(f"Cancelled: {', '.join(jobs)}. Members that have begun have a checkpoint; submit --retry goes on.")
 
 
-def _member(experiment: Experiment, member: int, now: float) -> Status:
-    run_dir = experiment.run_dir(member)
+def _queue(experiment: Experiment) -> dict[str, str] | None:
+    """What Slurm says of the experiment's jobs; None if it is not there or does not answer. Not asked without need."""
+    ids = [job.id for job in activity.jobs(experiment)]
+    if not ids or not experiment.unfinished():
+        return {}
+    try:
+        return scheduler.states(ids)
+    except RunError:
+        return None
+
+
+def _member(experiment: Experiment, member: int, now: float, going_on: Activity) -> Status:
+    run_dir, config = experiment.run_dir(member), experiment.member_config(member)
     records = _json_lines(run_dir / METRICS)
     steps = [r for r in records if r.get("kind") == "train"]
     validations = [r for r in records if r.get("kind") == "validation" and r.get("objective") is not None]
-    history = _lines(experiment.history_file(member))
+    history = activity.events(experiment, member)
     best = min(validations, key=lambda r: r["objective"], default={})
-    state, note = _state(run_dir, history, has_begun=bool(records))
+    state, note = ("finished", "") if is_finished(run_dir) else _state(run_dir, history, has_begun=bool(records))
+    state, note = _checked(state, note, member, history, going_on)
     last = steps[-1] if steps else {}
     return Status(
         member=experiment.name(member),
         state=state,
+        values=experiment.members[member].values,
         step=last.get("step"),
         epoch=last.get("epoch"),
+        epochs=config.train.epochs,
         best=best.get("objective"),
         unit=best.get("unit"),
         structures_per_s=_mean([r["structures_per_s"] for r in steps[-SPEED_STEPS:]]),
-        left_s=_left(steps, experiment.config.train.epochs) if state == "running" else None,
-        restarts=max(0, sum(" started" in line for line in history) - 1),
+        left_s=_left(steps, config.train.epochs) if state == RUNNING else None,
+        restarts=max(0, sum(event.what == "started" for event in history) - 1),
         quiet_s=_quiet(run_dir, experiment.history_file(member), now),
         note=note,
     )
 
 
-def _state(run_dir: Path, history: list[str], *, has_begun: bool) -> tuple[str, str]:
-    """(state, why) from the files; the last line of the history is `time job what`."""
-    if is_finished(run_dir):
-        return "finished", ""
-    what = history[-1].split(" ", 2)[2] if history else ""
+def _state(run_dir: Path, history: list[Event], *, has_begun: bool) -> tuple[str, str]:
+    """(state, why) of a member that has not finished, from the files."""
+    what = history[-1].what if history else ""
     if what.startswith("failed"):
         return "failed", _last_error(run_dir) or what
-    for word, state in (("requeued", "queued again"), ("stopped", "stopped"), ("started", "running")):
+    for word, state in (("requeued", QUEUED_AGAIN), ("stopped", "stopped"), ("started", RUNNING)):
         if what.startswith(word):
             return state, what if state == "stopped" else ""
-    return ("running" if has_begun else "waiting"), ""
+    return (RUNNING if has_begun else WAITING), ""
+
+
+def _checked(state: str, note: str, member: int, history: list[Event], going_on: Activity) -> tuple[str, str]:
+    """(state, why), put right by who is at work now."""
+    if state == "finished":
+        return state, note
+    found = going_on.members.get(member)
+    if found is not None:
+        return (QUEUED_AGAIN if found == WAITING and history else found), ""
+    if state in (WAITING, QUEUED_AGAIN, RUNNING) and member in going_on.abandoned:
+        return LOST, "nobody works on it, and it did not say why; 'hpcmlip submit --retry' goes on"
+    return state, note
 
 
 def _last_error(run_dir: Path) -> str:

@@ -1,7 +1,7 @@
-"""`hpcmlip submit`: an ensemble as a Slurm array with a dependent evaluation, or one member after another right here.
+"""`hpcmlip submit`: an ensemble or a sweep as a Slurm array with a dependent evaluation, or one by one right here.
 
 The order is: check everything that can be known now, write the experiment directory, render the scripts, submit.
-Calling it again for the same directory submits what has not finished.
+Calling it again for the same directory submits what has not finished; --retry does so beside members that still run.
 """
 
 import json
@@ -9,18 +9,33 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcmlip.cluster import activity, preflight, scheduler, script, sweep
 from hpcmlip.cluster import experiment as experiments
 from hpcmlip.cluster import local as here
-from hpcmlip.cluster import scheduler, script
+from hpcmlip.cluster.activity import Activity
 from hpcmlip.cluster.experiment import Experiment
 from hpcmlip.cluster.script import Evaluation
 from hpcmlip.cluster.site import DEFAULT_FILE, Site, load_site
 from hpcmlip.config import RunConfig, dump
-from hpcmlip.data.dataset import Dataset
-from hpcmlip.data.store import SPLITS, open_store
 from hpcmlip.errors import ConfigError, RunError
-from hpcmlip.plugins import suggest
 from hpcmlip.training.rundir import write_atomic
+
+
+@dataclass(frozen=True)
+class How:
+    """Where and how members run."""
+
+    site: Path | None = None
+    """SITE.yaml; none: the one that the experiment was made with, else the package's."""
+    local: bool = False
+    """On this machine, without Slurm."""
+    ranks: int = 1
+    """Processes of a member on this machine."""
+    dry_run: bool = False
+
+    @property
+    def needs_slurm(self) -> bool:
+        return not self.local and not self.dry_run
 
 
 @dataclass(frozen=True)
@@ -29,141 +44,185 @@ class Plan:
 
     members: tuple[int, ...]
     evaluate: bool
+    finished: int = 0
+    """Members that are."""
+    after: tuple[str, ...] = ()
+    """Jobs in the queue that the evaluation waits for besides."""
+
+
+NOTHING = Activity({}, frozenset(), (), None)
 
 
 def submit(
     config: RunConfig,
     folder: Path,
     *,
-    members: int,
+    members: int | None,
+    sweep_file: Path | None,
     evaluate: Path | None,
-    split: str,
-    site: Path | None,
-    local: bool,
-    ranks: int,
-    dry_run: bool,
+    split: str | None,
+    how: How,
 ) -> int:
-    """Train `members` members of `config` in the experiment directory `folder`; exit code.
+    """Train `members` members of `config` (default: 1), or the trials of a sweep, in the experiment directory `folder`;
+    exit code.
 
-    Raises ConfigError or RunError, before anything is written, for what would fail in the queue: data, levels,
-    processes that do not divide the micro-batches, a directory that holds something else.
+    Raises ConfigError or RunError, before anything is written, for what would fail in the queue: a config that the
+    sweep leads to, data, levels, processes that do not divide the micro-batches, a directory of something else.
     """
-    if not local and not dry_run:
+    if how.needs_slurm:
         scheduler.check_present()
-    experiment = Experiment(folder.absolute(), config, members, _evaluation(folder, evaluate, split))
-    site_file = _site_file(experiment, site)
-    machine = load_site(site_file)
-    _check_ranks(experiment, machine, ranks if local else None)
-    _check_data(experiment)
-    experiments.check_folder(experiment)
-    if not local:
-        script.check_path(experiment.folder)
-    if not local and not dry_run:
+    before = experiments.previous(folder)
+    if sweep_file is None:
+        chosen = experiments.ensemble(config, members or 1)
+    elif members is None:
+        chosen = sweep.members(sweep.load_sweep(sweep_file), config, sweep_file, before)
+    else:
+        raise ConfigError(f"--members and --sweep were both given; write 'members: {members}' into {sweep_file}")
+    evaluation = _evaluation(evaluate, split, before)
+    experiment = Experiment(folder.absolute(), config, chosen, evaluation)
+    if before is not None:
+        experiments.check_goes_on(before, experiment)
+    site = _check(experiment, how)
+    if how.needs_slurm:
         _check_queue(experiment)
-    # with its comments, unless its relative path would mean another place in the copy
-    text = dump(machine, defaults=False) if machine.templates else site_file.read_text(encoding="utf-8")
-    experiments.write(experiment, text)
-    if local:
-        return _run_here(experiment, ranks, dry_run=dry_run)
-    plan = plan_of(experiment)
-    _write_scripts(experiment, machine, plan)
-    return _submit(experiment, plan, dry_run=dry_run)
+    experiments.write(experiment, site.text)
+    if sweep_file is not None:
+        write_atomic(experiment.folder / experiments.SWEEP, sweep_file.read_text(encoding="utf-8"))
+    return _start(experiment, site, plan_of(experiment, NOTHING), how)
 
 
-def plan_of(experiment: Experiment) -> Plan:
-    """What has not finished."""
-    members = tuple(experiment.unfinished())
-    wanted = experiment.evaluation is not None and (bool(members) or not experiment.is_evaluated())
-    return Plan(members, wanted)
+def retry(folder: Path, how: How) -> int:
+    """Submit the members of an experiment that have not finished and that nobody works on; exit code.
+
+    Raises ConfigError or RunError as `submit` does.
+    """
+    experiment = experiments.open_experiment(folder)
+    unfinished = experiment.unfinished()
+    if not unfinished and (experiment.evaluation is None or experiment.is_evaluated()):
+        return _say_all_finished(experiment)
+    if how.needs_slurm:
+        scheduler.check_present()
+    now = activity.look(experiment, unfinished, _queue(experiment, how))
+    plan = plan_of(experiment, now)
+    if now.members:
+        at_work = ", ".join(f"{experiment.name(member)} ({state})" for member, state in now.members.items())
+        print(f"At work, and left alone: {at_work}.")
+    if not plan.members and not plan.evaluate:
+        print(f"{experiment.folder}: nothing to do.")
+        return 0
+    site = _check(experiment, how)
+    if plan.members:
+        print(f"To be trained: {', '.join(map(experiment.name, plan.members))}.")
+    write_atomic(experiment.site_file, site.text)
+    return _start(experiment, site, plan, how)
 
 
-def job_ids(experiment: Experiment) -> list[str]:
-    """Ids of all jobs submitted for an experiment, oldest first."""
-    try:
-        return [job["id"] for job in json.loads((experiment.folder / "jobs.json").read_text())["jobs"]]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{experiment.folder / 'jobs.json'} cannot be read: {error}") from None
+def plan_of(experiment: Experiment, now: Activity) -> Plan:
+    """What has not finished and nobody works on."""
+    unfinished = experiment.unfinished()
+    members = tuple(member for member in unfinished if member not in now.members)
+    # who is at work without a job cannot be waited for, and evaluates by itself in the end
+    is_waited_for = not now.members or bool(now.jobs)
+    is_wanted = now.evaluation is None and is_waited_for
+    evaluate = experiment.evaluation is not None and (bool(members) or (is_wanted and not experiment.is_evaluated()))
+    return Plan(members, evaluate, len(experiment.members) - len(unfinished), now.jobs)
 
 
-def _evaluation(folder: Path, store: Path | None, split: str) -> Evaluation | None:
+# ------------------------------------------------------------------------------------------- before it is submitted
+
+
+@dataclass(frozen=True)
+class _SiteFile:
+    site: Site
+    text: str
+    """What the experiment directory keeps of it."""
+
+
+def _evaluation(store: Path | None, split: str | None, before: Experiment | None) -> Evaluation | None:
     """The evaluation asked for, else the one that the experiment was submitted with before."""
     if store is not None:
-        return Evaluation(store.absolute(), split)
-    return experiments.open_experiment(folder).evaluation if (folder / experiments.RECORD).is_file() else None
+        return Evaluation(store.absolute(), split or "test")
+    if split is not None:
+        raise ConfigError("--split says what part of a store is evaluated: give --evaluate STORE with it")
+    return before.evaluation if before is not None else None
 
 
-def _site_file(experiment: Experiment, site: Path | None) -> Path:
-    """The site named, else the one that the experiment was made with, else the package's."""
-    if site is not None:
-        return site
-    return experiment.site_file if experiment.site_file.is_file() else DEFAULT_FILE
+def _check(experiment: Experiment, how: How) -> _SiteFile:
+    """The site to be used. Raises ConfigError or DataError for what would fail in the queue."""
+    kept = experiment.site_file if experiment.site_file.is_file() else DEFAULT_FILE
+    path = how.site or kept
+    site = load_site(path)
+    preflight.check(experiment, site, local_ranks=how.ranks if how.local else None)
+    if not how.local:
+        script.check_path(experiment.folder)
+    # with its comments, unless its relative path would mean another place in the copy
+    return _SiteFile(site, dump(site, defaults=False) if site.templates else path.read_text(encoding="utf-8"))
 
 
-def _check_ranks(experiment: Experiment, site: Site, ranks: int | None) -> None:
-    micro_batches = experiment.config.train.micro_batches_per_step
-    if ranks is None:
-        site.check_ranks(micro_batches)
-    elif micro_batches % ranks:
-        raise ConfigError(
-            f"--ranks {ranks} does not divide train.micro_batches_per_step = {micro_batches}; change one of them"
-        )
-
-
-def _check_data(experiment: Experiment) -> None:
-    data = experiment.config.data
-    dataset = Dataset.open(data.stores, data.levels)
-    for split in ("train", "val"):
-        if not dataset.count(split):
-            raise ConfigError(f"no structure of the split '{split}' carries a label of {', '.join(data.levels)}")
-    if experiment.evaluation is not None:
-        held = [level.name for level in open_store(experiment.evaluation.store).meta.levels]
-        if not set(held) & set(data.levels):
-            raise ConfigError(
-                f"{experiment.evaluation.store} holds {', '.join(held)}, none of the trained {', '.join(data.levels)}"
-            )
-        split = experiment.evaluation.split
-        if split not in SPLITS:
-            raise ConfigError(f"there is no split '{split}'{suggest(split, SPLITS)}")
+def _queue(experiment: Experiment, how: How) -> dict[str, str] | None:
+    """State of each job and array task of the experiment in the queue; None where there is no Slurm to ask, or need."""
+    try:
+        return scheduler.states([job.id for job in activity.jobs(experiment)])
+    except RunError:
+        if how.needs_slurm:
+            raise
+        return None
 
 
 def _check_queue(experiment: Experiment) -> None:
-    jobs = job_ids(experiment)
-    waiting = scheduler.queued(jobs) if jobs else []
-    if waiting:
+    now = activity.look(experiment, (), scheduler.states([job.id for job in activity.jobs(experiment)]))
+    if now.jobs:
         raise RunError(
-            f"jobs {', '.join(waiting)} of {experiment.folder} are still in the queue; "
-            "wait for them, or cancel them with scancel, and submit again"
+            f"jobs {', '.join(now.jobs)} of {experiment.folder} are still in the queue; wait for them, cancel them "
+            "with 'hpcmlip cancel', or submit the members that nobody works on with 'hpcmlip submit --retry'"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------- starting
+
+
+def _start(experiment: Experiment, site: _SiteFile, plan: Plan, how: How) -> int:
+    if not plan.members and not plan.evaluate:
+        return _say_all_finished(experiment)
+    if how.local and how.dry_run:
+        return _print_commands(experiment, plan, how.ranks)
+    if how.local:
+        return here.run(experiment, plan.members, how.ranks, evaluate=plan.evaluate)
+    _write_scripts(experiment, site.site, plan)
+    return _submit(experiment, plan, dry_run=how.dry_run)
+
+
+def _say_all_finished(experiment: Experiment) -> int:
+    print(f"All {len(experiment.members)} members of {experiment.folder} have finished; nothing to do.")
+    return 0
 
 
 def _write_scripts(experiment: Experiment, site: Site, plan: Plan) -> None:
     name, folder = experiment.config.name, experiment.folder
     if plan.members:
-        write_atomic(_path(experiment, "train"), script.train_script(site, name, folder, plan.members))
+        names = [member.name for member in experiment.members]
+        write_atomic(_path(experiment, "train"), script.train_script(site, name, folder, names, plan.members))
     if plan.evaluate:
         text = script.evaluate_script(site, name, folder, experiment.evaluation)
         write_atomic(_path(experiment, "evaluate"), text)
 
 
 def _submit(experiment: Experiment, plan: Plan, *, dry_run: bool) -> int:
-    if not plan.members and not plan.evaluate:
-        print(f"All {experiment.members} members of {experiment.folder} have finished; nothing to submit.")
-        return 0
-    array = None
+    after = plan.after
     if plan.members:
-        array = _job(experiment, "train", after=None, dry_run=dry_run, members=plan.members)
-        finished = experiment.members - len(plan.members)
-        print(f"Training: array {array}, members {script.array_text(plan.members)}; {finished} have finished already.")
+        array = _job(experiment, "train", dry_run=dry_run, members=plan.members)
+        after = (array, *after)
+        members = script.array_text(plan.members)
+        print(f"Training: array {array}, members {members}; {plan.finished} have finished already.")
     if plan.evaluate:
-        job = _job(experiment, "evaluate", after=array, dry_run=dry_run)
-        print(f"Evaluation: job {job}{f', after all of {array}' if array else ''}.")
+        job = _job(experiment, "evaluate", after=after, dry_run=dry_run)
+        waits = f", after all of {', '.join(after)}" if after else ""
+        print(f"Evaluation: job {job}{waits}.")
     print(f"Experiment: {experiment.folder}")
     return 0
 
 
-def _job(experiment: Experiment, kind: str, *, after: str | None, dry_run: bool, members=()) -> str:
+def _job(experiment: Experiment, kind: str, *, dry_run: bool, after=(), members=()) -> str:
     """Submit one script and record its id; with `dry_run` the command is printed instead."""
     command = scheduler.sbatch_command(_path(experiment, kind).relative_to(experiment.folder), after=after)
     if dry_run:
@@ -181,10 +240,9 @@ def _path(experiment: Experiment, kind: str) -> Path:
     return experiment.folder / "slurm" / f"{kind}.sbatch"
 
 
-def _run_here(experiment: Experiment, ranks: int, *, dry_run: bool) -> int:
-    if not dry_run:
-        return here.run(experiment, ranks)
-    members, evaluation = here.commands(experiment, ranks)
-    for command in [*members.values(), *([evaluation] if evaluation else [])]:
-        print(shlex.join(command))
+def _print_commands(experiment: Experiment, plan: Plan, ranks: int) -> int:
+    for member in plan.members:
+        print(shlex.join(here.train_command(experiment, member, ranks)))
+    if plan.evaluate:
+        print(shlex.join(here.evaluate_command(experiment, ranks)))
     return 0

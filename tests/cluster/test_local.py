@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -44,7 +45,7 @@ def test_a_broken_member_leaves_the_others_alone(cli, run_yaml, xtb_store, tmp_p
     # mended and called again: the finished member is left as it is
     written = (folder / "member_01" / "done.json").stat().st_mtime_ns
     (folder / "member_00" / "config.yaml").unlink()
-    cli(*arguments)
+    cli("submit", "--retry", folder, "--local")
     assert (folder / "member_01" / "done.json").stat().st_mtime_ns == written
     assert len(json.loads((folder / "evaluation" / "metrics.json").read_text())["members"]) == 2
     states = json.loads(cli("status", folder, "--json").stdout)
@@ -52,6 +53,43 @@ def test_a_broken_member_leaves_the_others_alone(cli, run_yaml, xtb_store, tmp_p
     assert states["evaluated"] and states["members"][0]["restarts"] == 1
     table = cli("status", folder, env={"COLUMNS": "200"}).stdout
     assert "2 of 2 members finished; evaluated" in table and "member_01" in table
+    assert "nothing to do" in cli("submit", "--retry", folder, "--local").stdout
+
+
+def test_a_killed_trial_of_a_sweep_is_lost_until_it_is_retried(cli, run_yaml, xtb_store, tmp_path):
+    folder, sweep = tmp_path / "e", tmp_path / "sweep.yaml"
+    sweep.write_text("list: [{optim.lr: 1e-3, train.epochs: 8}, {optim.lr: 5e-4, model.features: 2}]")
+    command = ["submit", run_yaml, "--sweep", sweep, "--run-dir", folder, "--local"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpcmlip", *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    names = ["t000-lr0.001-epochs8", "t001-lr0.0005-features2"]
+    checkpoints = folder / names[0] / "checkpoints"
+    end = time.monotonic() + 120
+    while not list(checkpoints.glob("step_*")) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    (training,) = psutil.Process(process.pid).children()
+    training.suspend()  # still at work, yet not done before we have looked
+    process.kill()  # the training outlives it
+    process.wait()
+    assert _states(cli, folder) == dict(zip(names, ["running", "waiting"], strict=True))
+    said = cli("submit", "--retry", folder, "--local", "--dry-run").stdout
+    assert f"At work, and left alone: {names[0]} (running)." in said and f"{names[1]}.yaml" in said
+    training.kill()
+    assert _states(cli, folder) == dict(zip(names, ["lost", "waiting"], strict=True))
+    cli("submit", "--retry", folder, "--local")
+    assert _states(cli, folder) == dict.fromkeys(names, "finished")
+    assert "going on from" in (folder / names[0] / "log.txt").read_text()
+    said = cli("evaluate", folder, "--data", xtb_store, "--out", tmp_path / "evaluation").stdout
+    assert "The members differ in model.features, optim.lr, train.epochs, not in their seed alone" in said
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert [Path(member["run"]).name for member in metrics["members"]] == names
+    assert metrics["members"][1]["settings"] == {"model.features": 2, "optim.lr": 5e-4, "train.epochs": 1}
+
+
+def _states(cli, folder: Path) -> dict[str, str]:
+    members = json.loads(cli("status", folder, "--json").stdout)["members"]
+    return {member["member"]: member["state"] for member in members}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

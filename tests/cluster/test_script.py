@@ -12,6 +12,7 @@ from hpcmlip.cluster.script import Evaluation
 from hpcmlip.cluster.site import PACKAGE_FOLDER, Site, load_site
 from hpcmlip.errors import ConfigError
 
+NAMES = ["member_00", "t001-lr0.5", "t002-kind_a b"]
 ODD = '/data/it\'s a "run"/$HOME `id` [x] ü;& \\'
 SITE = Site(
     account="chem-42",
@@ -34,7 +35,7 @@ SITE = Site(
 def _texts(site: Site, folder: str) -> list[str]:
     evaluation = Evaluation(Path(folder) / "a store.zarr", "val")
     return [
-        script.train_script(site, "my-run", Path(folder), [0, 1, 2]),
+        script.train_script(site, "my-run", Path(folder), NAMES, [0, 1, 2]),
         script.evaluate_script(site, "my-run", Path(folder), evaluation),
     ]
 
@@ -68,6 +69,14 @@ def test_the_shell_reads_the_path_that_was_meant(folder):
             ["bash", "-c", f'{line}\nprintf %s "$experiment"'], text=True, check=True, capture_output=True
         )
         assert said.stdout == folder
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_an_array_task_finds_its_member(index):
+    text = script.train_script(SITE, "x", Path(ODD), NAMES, [0, 1, 2])
+    lines = [line for line in text.splitlines() if line.startswith(("members=", "member="))]
+    code = "\n".join([f"SLURM_ARRAY_TASK_ID={index}", *lines, 'printf %s "$member"'])
+    assert subprocess.run(["bash", "-c", code], text=True, check=True, capture_output=True).stdout == NAMES[index]
 
 
 def test_evaluation_arguments_survive_the_shell():
@@ -132,10 +141,10 @@ def test_evaluation_has_resources_of_its_own():
 def test_own_template_and_its_mistakes(tmp_path):
     site = Site(templates=tmp_path)
     (tmp_path / "train.sbatch").write_text("#!/bin/sh\n@@{directives}\necho ${x%%y} $$ @@{experiment}\n")
-    assert script.train_script(site, "n", Path("/a b"), [0]).endswith("echo ${x%%y} $$ '/a b'\n")
+    assert script.train_script(site, "n", Path("/a b"), NAMES, [0]).endswith("echo ${x%%y} $$ '/a b'\n")
     (tmp_path / "train.sbatch").write_text("@@{experimnt}")
     with pytest.raises(ConfigError, match=r"train\.sbatch holds 'experimnt'; .*experiment"):
-        script.train_script(site, "n", Path("/a"), [0])
+        script.train_script(site, "n", Path("/a"), NAMES, [0])
 
 
 @pytest.mark.parametrize("name", ["100%", "a\\b", "a\nb"])

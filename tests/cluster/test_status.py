@@ -1,12 +1,13 @@
 """`hpcmlip status`: what a member's files say, complete or cut off in the middle of a line."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from hpcmlip.cluster import status
-from hpcmlip.cluster.experiment import Experiment
+from hpcmlip.cluster.experiment import Experiment, Member, ensemble
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.errors import ConfigError
 
@@ -23,7 +24,8 @@ def experiment(tmp_path) -> Experiment:
     }
     (tmp_path / "slurm").mkdir()
     (tmp_path / "member_00").mkdir()
-    return Experiment(tmp_path, from_values(RunConfig, values, tmp_path, where="test"), 1)
+    config = from_values(RunConfig, values, tmp_path, where="test")
+    return Experiment(tmp_path, config, ensemble(config, 1))
 
 
 def _metrics(folder: Path, epochs: int) -> None:
@@ -87,6 +89,20 @@ def test_a_failed_member_shows_its_error(experiment):
     error = "2026-11-21 07:00:01,000 ERROR 11 steps had non-finite numbers"
     log.write_text(f"{log.read_text()}{error}\n\n")
     assert status.read(experiment, now=START)[0].note == error
+
+
+def test_the_best_trial_is_that_of_comparable_ones(experiment):
+    members = (Member("t000-lr0.1", {"optim.lr": 0.1}), Member("t001-lr0.2", {"optim.lr": 0.2}))
+    trials = dataclasses.replace(experiment, members=members)
+    for i, epochs in enumerate((1, 3)):
+        trials.run_dir(i).mkdir()
+        _metrics(trials.run_dir(i), epochs)
+    found = status.read(trials, now=START)
+    assert [member.best for member in found] == [9.0, 4.0]
+    assert found[1].values == {"optim.lr": 0.2} and status.lowest(found).member == "t001-lr0.2"
+    weights = [dataclasses.replace(m, values={"loss.weights.gfn2.energy": i}) for i, m in enumerate(found)]
+    assert status.lowest(weights) is None
+    assert status.lowest(status.read(experiment, now=START)) is None
 
 
 def test_a_folder_without_experiment_is_refused(tmp_path):

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from hpcmlip.cluster import experiment as experiments
-from hpcmlip.cluster.submission import submit
+from hpcmlip.cluster.submission import How, retry, submit
 from hpcmlip.config import RunConfig, from_values, load
 from hpcmlip.errors import ConfigError, DataError, RunError
 
@@ -24,15 +26,8 @@ def config(xtb_store) -> RunConfig:
 
 
 def _submit(config: RunConfig, folder: Path, **arguments) -> int:
-    defaults = {
-        "members": 3,
-        "evaluate": None,
-        "split": "test",
-        "site": None,
-        "local": False,
-        "ranks": 1,
-        "dry_run": True,
-    }
+    how = How(**{key: arguments.pop(key) for key in ("site", "local", "ranks") if key in arguments}, dry_run=True)
+    defaults = {"members": 3, "sweep_file": None, "evaluate": None, "split": None, "how": how}
     return submit(config, folder, **(defaults | arguments))
 
 
@@ -48,7 +43,8 @@ def test_members_differ_in_their_seed_alone(config, tmp_path):
         assert (tmp_path / "e" / f"member_{member:02d}").is_dir()
     assert load(RunConfig, tmp_path / "e" / "run.yaml") == config
     record = json.loads((tmp_path / "e" / "experiment.json").read_text())
-    assert record["seeds"] == [11, 12, 13] and record["members"] == 3 and record["evaluate"] is None
+    assert [m["values"] for m in record["members"]] == [{"train.seed": seed} for seed in (11, 12, 13)]
+    assert record["evaluate"] is None
 
 
 def test_dry_run_says_what_would_be_submitted(config, xtb_store, tmp_path, capsys):
@@ -135,13 +131,19 @@ def test_unknown_level_and_absent_store_are_refused_before_the_queue(config, tmp
 def test_without_slurm_the_way_out_is_named(config, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunError, match=r"no sbatch on this machine.*--local"):
-        _submit(config, tmp_path / "e", dry_run=False)
+        _submit(config, tmp_path / "e", how=How())
     assert not (tmp_path / "e").exists()
 
 
 @pytest.mark.parametrize(
     ("record", "said"),
-    [("", "cannot be read"), ("[]", "no schema number"), ('{"schema": 99}', "upgrade hpcmlip")],
+    [
+        ("", "cannot be read"),
+        ("[]", "no schema number"),
+        ('{"schema": 99}', "upgrade hpcmlip"),
+        ('{"schema": 1}', "another --run-dir"),
+        ('{"schema": 2, "evaluate": null, "members": 3}', "is damaged"),
+    ],
 )
 def test_damaged_record_is_named(config, tmp_path, record, said):
     _submit(config, tmp_path / "e")
@@ -159,3 +161,99 @@ def _pretend_finished(run_dir: Path) -> None:
 
 def _contents(folder: Path) -> dict[str, str]:
     return {str(p): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------------ --retry
+
+
+def test_retry_needs_no_config_and_takes_what_has_not_finished(config, xtb_store, tmp_path, capsys):
+    folder = tmp_path / "e"
+    _submit(config, folder, evaluate=xtb_store)
+    _pretend_finished(folder / "member_01")
+    capsys.readouterr()
+    assert retry(folder, How(dry_run=True)) == 0
+    said = capsys.readouterr().out
+    assert "To be trained: member_00, member_02.\n" in said
+    assert "members 0,2; 1 have finished already" in said
+    assert "'--dependency=afterany:<train>' slurm/evaluate.sbatch" in said
+    assert "--array=0,2%8" in (folder / "slurm" / "train.sbatch").read_text()
+
+
+def test_retry_leaves_alone_what_is_in_the_queue(config, xtb_store, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "e"
+    _submit(config, folder, evaluate=xtb_store)
+    _pretend_finished(folder / "member_01")
+    jobs = [{"id": "7", "kind": "train", "members": [0, 1, 2]}, {"id": "8", "kind": "evaluate", "members": []}]
+    (folder / "jobs.json").write_text(json.dumps({"jobs": [{"submitted": ""} | job for job in jobs]}))
+    queue = {"7_2": "RUNNING", "8": "PENDING"}
+    monkeypatch.setattr("hpcmlip.cluster.scheduler.states", lambda jobs: queue if jobs == ["7", "8"] else None)
+    capsys.readouterr()
+    retry(folder, How(dry_run=True))
+    said = capsys.readouterr().out
+    assert "At work, and left alone: member_02 (running)." in said and "members 0; 1 have finished" in said
+    # two evaluations at once would write into one folder
+    assert "--dependency=afterany:<train>:7:8'" in said
+    queue["7_0"] = "PENDING"
+    retry(folder, How(dry_run=True))
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and "sbatch" not in said
+    # the evaluation alone was cancelled
+    del queue["8"]
+    retry(folder, How(dry_run=True))
+    said = capsys.readouterr().out
+    assert "afterany:7 slurm/evaluate.sbatch" in said and "train.sbatch" not in said
+
+
+def test_retry_waits_for_no_process_of_this_machine(config, xtb_store, tmp_path, capsys):
+    folder = tmp_path / "e"
+    _submit(config, folder, members=2, evaluate=xtb_store)
+    _pretend_finished(folder / "member_01")
+    starter = f"2026-01-01T00:00:00Z local-{os.getpid()}@{socket.gethostname()} started\n"
+    (folder / "slurm" / "member_00.jobs").write_text(starter.replace("2026", "2999"))
+    capsys.readouterr()
+    retry(folder, How(local=True, dry_run=True))
+    said = capsys.readouterr().out
+    assert "left alone: member_00 (running)" in said and "nothing to do" in said and "evaluate" not in said
+
+
+def test_retry_of_a_finished_experiment_does_nothing_even_without_slurm(config, tmp_path, capsys, monkeypatch):
+    _submit(config, tmp_path / "e")
+    for member in range(3):
+        _pretend_finished(tmp_path / "e" / f"member_{member:02d}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert retry(tmp_path / "e", How()) == 0
+    assert "All 3 members" in (said := capsys.readouterr().out) and "nothing to do" in said
+    (tmp_path / "e" / "member_00" / "done.json").unlink()
+    with pytest.raises(RunError, match=r"no sbatch on this machine.*--local"):
+        retry(tmp_path / "e", How())
+
+
+def test_retry_with_another_site(config, tmp_path):
+    _submit(config, tmp_path / "e")
+    site = tmp_path / "longer.yaml"
+    site.write_text('{time: "3:00:00"}')
+    retry(tmp_path / "e", How(site=site, dry_run=True))
+    assert "#SBATCH --time=3:00:00" in (tmp_path / "e" / "slurm" / "train.sbatch").read_text()
+    assert (tmp_path / "e" / "site.yaml").read_text() == site.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run.yaml", "--retry", "e"], "leave out RUN.yaml"),
+        (["--retry", "e", "--members", 3, "--run-dir", "x"], "leave out --members, --run-dir"),
+        (["--retry", "e", "--sweep", "s.yaml"], "leave out --sweep"),
+        (["--retry", "e"], "is no experiment directory"),
+        ([], "needs a RUN.yaml, or --retry DIR"),
+        (["--local"], "needs a RUN.yaml, or --retry DIR"),
+    ],
+)
+def test_contradicting_arguments_are_refused(cli, tmp_path, arguments, said):
+    done = cli("submit", *arguments, expect=2, cwd=tmp_path)
+    assert said in done.stderr and "Traceback" not in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_split_without_a_store_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="give --evaluate STORE with it"):
+        _submit(config, tmp_path / "e", split="val")

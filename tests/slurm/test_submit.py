@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -92,7 +93,8 @@ def test_ensemble_and_evaluation_need_no_hand(queue, cli, xtb_store, reference, 
     assert (experiment / "evaluation" / "report.html").stat().st_size > 0
     # nothing is left to do, and submitting again does nothing
     again = cli(*arguments, env=queue.env).stdout
-    assert "All 2 members" in again and "nothing to submit" in again
+    assert "All 2 members" in again and "nothing to do" in again
+    assert "nothing to do" in cli("submit", "--retry", experiment, env=queue.env).stdout
     assert not queue.jobs()
     refused = cli("submit", run, "optim.lr=0.1", *arguments[2:], env=queue.env, expect=2)
     assert "optim.lr" in refused.stderr
@@ -117,11 +119,12 @@ def test_a_broken_member_leaves_the_others_alone(queue, cli, xtb_store, referenc
     metrics = json.loads((experiment / "evaluation" / "metrics.json").read_text())
     assert len(metrics["members"]) == 1
     assert [Path(item["run"]).name for item in metrics["left_out"]] == ["member_00"]
-    # mended, and submitted again from inside a job that has a size of its own: only what is missing runs
+    # mended, and retried from inside a job that has a size of its own: only what is missing runs
     foreign.unlink()
     job = ["srun", "--nodes=1", "--ntasks=1", "--cpus-per-task=3", sys.executable, "-m", "hpcmlip"]
-    said = queue.run(*job, *map(str, arguments), timeout=120)
+    said = queue.run(*job, "submit", "--retry", str(experiment), timeout=120)
     assert "members 0; 1 have finished already" in said
+    assert re.search(r"Evaluation: job \d+, after all of \d+\.", said)
     output = _finish(queue, experiment)
     assert [_weights(experiment, i) for i in range(2)] == [_weights(reference, i) for i in range(2)], output
     assert len(json.loads((experiment / "evaluation" / "metrics.json").read_text())["members"]) == 2
@@ -158,29 +161,81 @@ def test_cancelled_training_saves_and_stays_cancelled(queue, cli, xtb_store, tmp
     cli("submit", run, "--evaluate", xtb_store, "--site", site, "--run-dir", experiment, env=queue.env)
     metrics = experiment / "member_00" / "metrics.jsonl"
     _wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 120, lambda: _output(experiment))
-    assert json.loads(cli("status", experiment, "--json").stdout)["members"][0]["state"] == "running"
+    assert _states(cli, queue, experiment) == {"member_00": "running"}
     said = cli("cancel", experiment, env=queue.env).stdout
     assert re.search(r"Cancelled: \d+, \d+\.", said)
     output = _finish(queue, experiment)
     history = (experiment / "slurm" / "member_00.jobs").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in history] == ["started", "stopped by Slurm"], output
     assert _steps(experiment / "member_00"), output
-    assert json.loads(cli("status", experiment, "--json").stdout)["members"][0]["state"] == "stopped"
+    assert _states(cli, queue, experiment) == {"member_00": "stopped"}
     assert "No job of" in cli("cancel", experiment, env=queue.env).stdout
 
 
-def test_a_warning_before_the_first_step_does_not_queue_again(queue, cli, xtb_store, tmp_path):
+def test_warnings_before_the_first_step_queue_again_but_not_for_ever(queue, cli, xtb_store, tmp_path):
     run, experiment = _run_yaml(tmp_path, xtb_store), tmp_path / "experiment"
     cli("submit", run, "--site", _yaml(tmp_path / "site.yaml", TWO_NODES), "--run-dir", experiment, env=queue.env)
     array = json.loads((experiment / "jobs.json").read_text())["jobs"][0]["id"]
     history = experiment / "slurm" / "member_00.jobs"
-    _wait_until(history.exists, 60, lambda: str(queue.jobs()))
-    time.sleep(0.5)
-    queue.run("scancel", "--batch", "--signal=USR2", array)
+    for starts in (1, 2):
+        _wait_until(lambda n=starts: _count(history, "started") == n, 90, lambda: str(queue.jobs()))
+        time.sleep(0.5)
+        if starts == 1:  # as if it was not the first time
+            with history.open("a") as file:
+                file.write(f"2026-01-01T00:00:00Z {array}_0 requeued before the first step\n" * 2)
+        queue.run("scancel", "--batch", "--signal=USR2", array)
+        _wait_until(lambda n=starts: _count(history, "first step") == 2 + n or "failed" in history.read_text(), 60, str)
     output = _finish(queue, experiment)
-    assert "no step was made since the last start" in history.read_text(), output
-    assert "requeued" not in history.read_text()
+    what = [line.split(" ", 2)[2] for line in history.read_text().splitlines()]
+    vain = "requeued before the first step"
+    assert what[:5] == ["started", vain, vain, vain, "started"], output
+    assert what[5].startswith("failed: no step was made in the last four starts") and len(what) == 6
     assert not (experiment / "member_00" / "done.json").exists()
+
+
+def test_sweep_with_a_failed_a_running_and_a_lost_trial(queue, cli, xtb_store, tmp_path):
+    run, experiment = _run_yaml(tmp_path, xtb_store, log_seconds=0.05), tmp_path / "experiment"
+    site = _yaml(tmp_path / "site.yaml", TWO_NODES | {"tasks_per_node": 1, "nodes": 1})
+    sweep = _yaml(tmp_path / "sweep.yaml", {"list": [{"optim.lr": 1.0e-3}, {"optim.lr": 5.0e-4, "train.epochs": 30}]})
+    arguments = ["submit", run, "--sweep", sweep, "--site", site, "--run-dir", experiment]
+    cli(*arguments, "--dry-run", env=queue.env)
+    short, long = "t000-lr0.001", "t001-lr0.0005-epochs30"
+    foreign = experiment / short / "config.yaml"
+    foreign.write_text((experiment / "configs" / f"{long}.yaml").read_text())
+    cli(*arguments, env=queue.env)
+    metrics = experiment / long / "metrics.jsonl"
+    failed, begun = experiment / "slurm" / f"{short}.jobs", lambda: metrics.exists() and metrics.stat().st_size > 0
+    _wait_until(lambda: _count(failed, "failed") and begun(), 120, lambda: _output(experiment))
+    foreign.unlink()
+    said = cli("submit", "--retry", experiment, env=queue.env).stdout
+    assert f"At work, and left alone: {long} (running)." in said
+    assert f"To be trained: {short}." in said and "members 0; 0 have finished" in said
+    # nobody is left to say what happened
+    array = json.loads((experiment / "jobs.json").read_text())["jobs"][0]["id"]
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        found = process.info["environ"] or {}
+        mine = found.get("SLURM_CONF") == str(queue.conf) and found.get("SLURM_ARRAY_JOB_ID") == array
+        if mine and "slurm_script" in " ".join(process.info["cmdline"]):
+            process.kill()
+    _wait_until(lambda: not any(job.startswith(array) for job in queue.jobs()), 60, lambda: str(queue.jobs()))
+    states = _states(cli, queue, experiment)
+    assert states[long] == "lost" and states[short] in ("waiting", "queued again", "running", "finished")
+    said = cli("submit", "--retry", experiment, env=queue.env).stdout
+    assert f"To be trained: {long}." in said
+    output = _finish(queue, experiment)
+    assert _states(cli, queue, experiment) == {short: "finished", long: "finished"}, output
+    assert "going on from" in (experiment / long / "log.txt").read_text()
+    jobs = json.loads((experiment / "jobs.json").read_text())["jobs"]
+    assert [job["members"] for job in jobs] == [[0, 1], [0], [1]]
+
+
+def _count(history: Path, what: str) -> int:
+    return sum(what in line for line in history.read_text().splitlines()) if history.exists() else 0
+
+
+def _states(cli, queue, experiment: Path) -> dict[str, str]:
+    members = json.loads(cli("status", experiment, "--json", env=queue.env).stdout)["members"]
+    return {member["member"]: member["state"] for member in members}
 
 
 @pytest.mark.parametrize("launch", ["directly", "by srun without its variables"])

@@ -1,0 +1,60 @@
+"""What would fail in the queue, hours later: found before anything is submitted."""
+
+from collections.abc import Iterable
+
+from hpcmlip.cluster.experiment import Experiment
+from hpcmlip.cluster.script import Evaluation
+from hpcmlip.cluster.site import Site
+from hpcmlip.config import DataSection, RunConfig
+from hpcmlip.data.dataset import Dataset
+from hpcmlip.data.store import SPLITS, open_store
+from hpcmlip.errors import ConfigError
+from hpcmlip.plugins import suggest
+
+
+def check(experiment: Experiment, site: Site, *, local_ranks: int | None) -> None:
+    """Raises ConfigError or DataError for configs, data or numbers of processes with which a member would fail.
+
+    `local_ranks`: processes a member on this machine; None for a batch job of the site.
+    """
+    configs = [experiment.member_config(member) for member in range(len(experiment.members))]
+    for micro_batches in {config.train.micro_batches_per_step for config in configs}:
+        _check_ranks(micro_batches, site, local_ranks)
+    for data in _different_data(configs):
+        _check_data(data)
+        if experiment.evaluation is not None:
+            _check_evaluation(experiment.evaluation, data)
+    trained = {str(sorted(config.data.levels.items())) for config in configs}
+    if experiment.evaluation is not None and len(trained) > 1:
+        raise ConfigError(
+            "the members are trained on different levels or labels, which cannot be evaluated together: "
+            "leave out --evaluate and evaluate them one by one"
+        )
+
+
+def _different_data(configs: Iterable[RunConfig]) -> list[DataSection]:
+    return list({config.data.model_dump_json(): config.data for config in configs}.values())
+
+
+def _check_ranks(micro_batches: int, site: Site, local_ranks: int | None) -> None:
+    if local_ranks is None:
+        site.check_ranks(micro_batches)
+    elif micro_batches % local_ranks:
+        raise ConfigError(
+            f"--ranks {local_ranks} does not divide train.micro_batches_per_step = {micro_batches}; change one of them"
+        )
+
+
+def _check_data(data: DataSection) -> None:
+    dataset = Dataset.open(data.stores, data.levels)
+    for split in ("train", "val"):
+        if not dataset.count(split):
+            raise ConfigError(f"no structure of the split '{split}' carries a label of {', '.join(data.levels)}")
+
+
+def _check_evaluation(evaluation: Evaluation, data: DataSection) -> None:
+    held = [level.name for level in open_store(evaluation.store).meta.levels]
+    if not set(held) & set(data.levels):
+        raise ConfigError(f"{evaluation.store} holds {', '.join(held)}, none of the trained {', '.join(data.levels)}")
+    if evaluation.split not in SPLITS:
+        raise ConfigError(f"there is no split '{evaluation.split}'{suggest(evaluation.split, SPLITS)}")
