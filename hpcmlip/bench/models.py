@@ -55,6 +55,10 @@ PEERS = {
         "se3-transformer-pytorch",
         "radial networks of full rank for every pair of channels (ours of low rank), hence more parameters",
     ),
+    "deeppot": (
+        "deepmd-kit",
+        "its PyTorch backend, an embedding for each pair of elements, neighbours sorted into slots; same cutoff and widths",
+    ),
     "ani": ("torchani", "ANI-1x descriptor and networks in its Python form, without compiled extensions"),
 }
 """Preset -> (program with the nearest architecture, how that one differs)."""

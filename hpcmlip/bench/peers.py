@@ -88,7 +88,26 @@ class Ani(nn.Module):
         return self.networks(species, self.aev(species, pos))
 
 
-PEERS = {"egnn-pytorch": Egnn, "se3-transformer-pytorch": Se3Transformer, "torchani": Ani}
+class Deepmd(nn.Module):
+    """DeepPot-SE (se_e2_a) of deepmd-kit's PyTorch backend, sizes of our preset; slots for just the atoms there are."""
+
+    def __init__(self, species: torch.Tensor):
+        from deepmd.pt.model.model import get_model
+
+        super().__init__()
+        slots = [max(int((species == s).sum(1).max()), 1) for s in range(SPECIES)]
+        descriptor = {"type": "se_e2_a", "sel": slots, "rcut": 6.0, "rcut_smth": 4.0, "type_one_side": False}
+        descriptor |= {"neuron": [96, 64, 32], "axis_neuron": 8, "precision": "float32"}
+        fitting = {"neuron": [128] * 7, "precision": "float32"}
+        settings = {"type_map": ["H", "C", "N", "O"], "descriptor": descriptor, "fitting_net": fitting}
+        self.model = get_model(settings).to(species.device).train()
+
+    def forward(self, species, pos):
+        said = self.model(pos, species)
+        return said["energy"][:, 0], said["force"]
+
+
+PEERS = {"egnn-pytorch": Egnn, "se3-transformer-pytorch": Se3Transformer, "torchani": Ani, "deepmd-kit": Deepmd}
 
 
 def step(model: nn.Module, species: torch.Tensor, pos: torch.Tensor) -> None:
@@ -96,7 +115,10 @@ def step(model: nn.Module, species: torch.Tensor, pos: torch.Tensor) -> None:
     model.zero_grad()
     leaf = pos.detach().requires_grad_()
     energy = model(species, leaf)
-    forces = -torch.autograd.grad(energy.sum(), leaf, create_graph=True)[0]
+    if isinstance(energy, tuple):
+        energy, forces = energy  # it takes the derivatives by itself
+    else:
+        forces = -torch.autograd.grad(energy.sum(), leaf, create_graph=True)[0]
     ((energy - 1).square().mean() + (forces - 1).square().mean()).backward()
 
 
@@ -108,12 +130,13 @@ def main() -> None:
     torch.set_num_threads(given["threads"])
     torch.manual_seed(0)
     device = given["device"]
+    species, pos = torch.tensor(given["species"], device=device), torch.tensor(given["pos"], device=device)
     try:
-        model = PEERS[name]().to(device)
+        peer = PEERS[name]
+        model = (peer(species) if peer is Deepmd else peer()).to(device)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), file=answers, flush=True)
         return
-    species, pos = torch.tensor(given["species"], device=device), torch.tensor(given["pos"], device=device)
     parameters = sum(p.numel() for p in model.parameters())
     print(json.dumps({"parameters": parameters, "version": metadata.version(name)}), file=answers, flush=True)
     step(model, species[:2], pos[:2])
