@@ -57,7 +57,7 @@ PEERS = {
     ),
     "deeppot": (
         "deepmd-kit",
-        "its PyTorch backend, an embedding for each pair of elements, neighbours sorted into slots; same cutoff and widths",
+        "its PyTorch backend, an embedding for each pair of elements, neighbours in slots; same cutoff and widths",
     ),
     "ani": ("torchani", "ANI-1x descriptor and networks in its Python form, without compiled extensions"),
 }
