@@ -91,13 +91,21 @@ def train(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME.")] = None,
+    forecast: Annotated[
+        bool, typer.Option("--forecast", help="Say the time and memory that it will take, from some steps; no run.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="--forecast: machine-readable.")] = False,
 ):
     """Train; alone or under torchrun, srun, mpirun. Continues by itself if the run directory holds a checkpoint."""
+    if json and not forecast:
+        raise ConfigError("--json says how --forecast prints: give both; a run writes metrics.jsonl by itself")
     from hpcmlip.config import RunConfig, load
+    from hpcmlip.training import forecast as forecasting
     from hpcmlip.training import loop
 
     config = load(RunConfig, run, overrides or ())
-    sys.exit(loop.train(config, run_dir or Path("runs") / config.name))
+    run_dir = run_dir or Path("runs") / config.name
+    sys.exit(forecasting.forecast(config, run_dir, as_json=json) if forecast else loop.train(config, run_dir))
 
 
 @app.command()

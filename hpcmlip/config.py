@@ -338,6 +338,17 @@ def dump(config: Section, *, defaults: bool = True) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested values; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def _parse(text: str, where: str):
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader

@@ -73,6 +73,14 @@ def job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def memory_limit(env: Mapping[str, str] | None = None) -> int | None:
+    """Bytes that Slurm gives this job on a node; None outside of one, or where it sets no limit."""
+    env = os.environ if env is None else env
+    megabytes = _number(env, "SLURM_MEM_PER_NODE", 0)
+    megabytes = megabytes or _number(env, "SLURM_MEM_PER_CPU", 0) * _number(env, "SLURM_CPUS_ON_NODE", 1)
+    return megabytes * 2**20 or None
+
+
 def _torchrun(env: Mapping[str, str]) -> World | None:
     if not all(name in env for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None

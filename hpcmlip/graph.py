@@ -84,14 +84,6 @@ class Graph(ABC):
         """[A, K, ...] -> [A, ...]: sum over real neighbours."""
         return torch.where(self.mask.reshape(self.mask.shape + (1,) * (e.dim() - 2)), e, 0).sum(dim=1)
 
-    def softmax(self, e: Tensor) -> Tensor:
-        """[A, K, ...] -> [A, K, ...]: softmax over real neighbours; all 0 for an atom without any."""
-        mask = self.mask.reshape(self.mask.shape + (1,) * (e.dim() - 2))
-        # a common shift cancels in the quotient: no derivative needed
-        top = e.detach().masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True).clamp(min=torch.finfo(e.dtype).min)
-        weight = torch.where(mask, torch.exp(torch.where(mask, e - top, 0)), 0)
-        return weight / weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)
-
 
 def _geometry(vec: Tensor, possible: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     """(vec, dist, mask) of displacements [..., K, 3], with harmless values where there is no neighbour."""

@@ -22,8 +22,9 @@ import hpcmlip
 from hpcmlip.data import offsets, store
 from hpcmlip.data.store import MANIFEST, MOLECULES_SCHEMA, SCHEMA, GroupMeta, Meta, Offsets, Source
 from hpcmlip.errors import ConfigError, DataError, RunError, UserError
+from hpcmlip.files import flush
 from hpcmlip.preprocess import arrays
-from hpcmlip.preprocess.files import digest, entry, flush, write_whole
+from hpcmlip.preprocess.files import digest, entry, write_whole
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.layout import WriteTask
 from hpcmlip.preprocess.scan import Scanned

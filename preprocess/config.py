@@ -66,7 +66,7 @@ class DataConfig(Section):
     levels: dict[LevelName, LevelSource | str] = {}
     """Level name -> its keys; a string names one of the reader's presets. Empty: the reader's default levels."""
     cutoff: Positive = 6.5
-    """Å; the neighbour lists in the store reach this far, a model may use less."""
+    """Å; reach of the graphs that a store of molecules holds for other programs. Models find neighbours themselves."""
     elements: tuple[str, ...] = ("H", "C", "N", "O")
     """Elements that are expected; a conformation with another one is bad."""
     min_distance: NonNegative = 0.4

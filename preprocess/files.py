@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are read back after writing, and their entries in a manifest."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from hpcmlip.errors import DataError
+from hpcmlip.files import flush
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -30,15 +31,6 @@ def write_temporary(path: Path, data: bytes) -> Path:
             f"cannot write {path} ({len(data)} bytes): {error.strerror}; free space and run again"
         ) from None
     return temporary
-
-
-def flush(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def digest(path: Path) -> str:

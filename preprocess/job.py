@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcmlip import plugins
+from hpcmlip.config import flat
 from hpcmlip.data.store import Level
 from hpcmlip.errors import ConfigError, DataError
 from hpcmlip.preprocess.config import DataConfig, LevelSource
@@ -83,7 +84,7 @@ class Job:
         """What the store is made of, free of this machine's paths: flat, dotted key -> value."""
         config = self.config.model_copy(update={"levels": {level.name: level.source for level in self.levels}})
         values = config.model_dump(mode="json", exclude={"out", "sources"})
-        return _flat(values) | {"sources": [source.name for source in self.sources]}
+        return flat(values) | {"sources": [source.name for source in self.sources]}
 
 
 def make(config: DataConfig) -> Job:
@@ -143,13 +144,3 @@ def _sources(config: DataConfig) -> tuple[SourceFile, ...]:
         names = [str(path.relative_to(top)) for path in paths]
     stats = [path.stat() for path in paths]
     return tuple(SourceFile(p, n, s.st_size, s.st_mtime_ns) for p, n, s in zip(paths, names, stats, strict=True))
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

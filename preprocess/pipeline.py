@@ -130,7 +130,7 @@ class _BadRows:
             limit = "more than 1 %" if self.allowed else "on_bad is 'fail'"
             raise DataError(
                 f"{self.bad:,} of {self.total:,} conformations are bad so far ({limit}): {examples}; "
-                "check units and keys of the sources, or mend them"
+                "check elements, min_distance and keys of the config and the units of the sources, or mend the sources"
             )
 
 
@@ -141,7 +141,7 @@ def _judge(job: Job, scanned: scan.Scanned) -> None:
     counts = scanned.split_counts()
     for split, fraction in zip(SPLITS, job.config.split.fractions, strict=True):
         if fraction and not counts[split]:
-            problem = f"the split '{split}' is empty: too few molecules for split.by '{job.config.split.by}'"
+            problem = f"the split '{split}' is empty: too few {job.config.split.by}s for split.fractions"
             if split == "train":
                 raise DataError(f"{problem}; take more data or another split.by")
             log.warning(problem)

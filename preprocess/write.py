@@ -21,8 +21,9 @@ from hpcmlip.data import offsets
 from hpcmlip.data.adjacency import pack
 from hpcmlip.data.store import SPLITS, GroupMeta
 from hpcmlip.errors import DataError
+from hpcmlip.files import flush
 from hpcmlip.preprocess import arrays
-from hpcmlip.preprocess.files import flush, matches, write_temporary, write_whole
+from hpcmlip.preprocess.files import matches, write_temporary, write_whole
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.layout import WriteTask
 from hpcmlip.preprocess.scan import Piece, arrays_path, receipt_path

@@ -33,7 +33,7 @@ SURFACE = {
         "--ranks",
         "--dry-run",
     ],
-    "train": ["run", "overrides", "--run-dir"],
+    "train": ["run", "overrides", "--run-dir", "--forecast", "--json"],
     "verify": ["store"],
 }
 HEAVY = (

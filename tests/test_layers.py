@@ -12,7 +12,7 @@ SOURCES["hpcmlip.configs"] = ROOT / "configs"
 
 # lowest first; a module may import from lower layers and from its own
 LAYERS = [
-    {"hpcmlip", "hpcmlip.units", "hpcmlip.errors"},
+    {"hpcmlip", "hpcmlip.units", "hpcmlip.errors", "hpcmlip.files"},
     {"hpcmlip.graph", "hpcmlip.neighbours", "hpcmlip.batch", "hpcmlip.plugins", "hpcmlip.explain", "hpcmlip.config"},
     {"hpcmlip.rendezvous", "hpcmlip.dist", "hpcmlip.configs", "hpcmlip.slurm"},
     {"hpcmlip.models", "hpcmlip.data"},
@@ -25,6 +25,7 @@ PREPROCESS_USES = {
     "hpcmlip",
     "hpcmlip.units",
     "hpcmlip.errors",
+    "hpcmlip.files",
     "hpcmlip.config",
     "hpcmlip.plugins",
     "hpcmlip.data",

@@ -26,9 +26,9 @@ from hpcmlip.config import LevelWeights, RunConfig, from_values, load
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.dist import World
 from hpcmlip.errors import ConfigError, RunError
+from hpcmlip.files import write_atomic
 from hpcmlip.models.potential import Potential
 from hpcmlip.training import setup
-from hpcmlip.training.rundir import write_atomic
 
 COMPONENT = "test errors of every model after the same CPU time, single- and multi-fidelity"
 

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from hpcmlip.training.rundir import write_atomic
+from hpcmlip.files import write_atomic
 
 COLUMNS = (("gfn2", "energy"), ("gfn2", "forces"), ("gfn1", "energy"), ("gfn1", "forces"))
 UNITS = {"energy": "kcal/mol", "forces": "kcal/mol/Å"}

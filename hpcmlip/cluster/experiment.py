@@ -26,7 +26,8 @@ from hpcmlip.cluster.script import Evaluation
 from hpcmlip.config import RunConfig, changed, dump, load
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, RunError, UserError
-from hpcmlip.training.rundir import DONE, differing, fixed, write_atomic
+from hpcmlip.files import write_atomic
+from hpcmlip.training.rundir import DONE, differing, fixed
 
 SCHEMA = 2
 RECORD = "experiment.json"

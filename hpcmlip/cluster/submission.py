@@ -18,7 +18,7 @@ from hpcmlip.cluster.script import Evaluation
 from hpcmlip.cluster.site import DEFAULT_FILE, Site, load_site
 from hpcmlip.config import RunConfig, dump
 from hpcmlip.errors import ConfigError, RunError
-from hpcmlip.training.rundir import write_atomic
+from hpcmlip.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def wide_console() -> Console:
 
 def level_table(meta: Meta) -> Table:
     """Per level: labels in each split, atomic energies fitted to the totals and what they leave."""
-    table = Table(title="levels of theory", title_justify="left")
+    table = Table(title="levels of theory, their labels and least-squares atomic energies", title_justify="left")
     table.add_column("level")
     table.add_column("labels")
     for split in SPLITS:
@@ -64,13 +64,25 @@ def level_table(meta: Meta) -> Table:
     table.add_column("residual RMS / eV", justify="right")
     table.add_column("isolated atoms")
     for i, (name, labels) in enumerate(label_counts(meta).items()):
-        energies, rms = fitted(meta, i)
-        known = "known" if knows_isolated(meta.levels[i], meta.elements) else "unknown"
+        known = knows_isolated(meta.levels[i], meta.elements)
+        squares = np.array(meta.offsets[i].ata)
+        occurs = np.diag(squares) > 0
+        if not known and np.linalg.matrix_rank(squares, hermitian=True) < occurs.sum():
+            table.caption = "too few compositions to tell the elements apart: only the sum over a structure is fitted"
+            table.caption_justify = "left"
         for prop, counts in labels.items():
             row = [name, prop, *(f"{counts[split]:,}" for split in SPLITS)]
-            fit = [f"{e:.3f}" for e in energies] + [f"{rms:.3f}", known]
-            table.add_row(*row, *(fit if prop == "energy" else [""] * len(fit)))
+            fit = _fit(meta, i, occurs | known) if prop == "energy" else []
+            table.add_row(*row, *fit)
     return table
+
+
+def _fit(meta: Meta, level: int, determined: np.ndarray) -> list[str]:
+    """Cells of the fit of a level; empty for elements whose energy is not `determined` [E] bool."""
+    energies, rms = fitted(meta, level)
+    cells = [f"{energy:.3f}" if there else "" for energy, there in zip(energies, determined, strict=True)]
+    known = knows_isolated(meta.levels[level], meta.elements)
+    return [*cells, f"{rms:.3f}", "known" if known else "unknown"]
 
 
 # ---------------------------------------------------------------------------------------------------------- inspect

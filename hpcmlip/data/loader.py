@@ -15,7 +15,7 @@ from hpcmlip import neighbours
 from hpcmlip.batch import AtomsBatch
 from hpcmlip.config import DataSection
 from hpcmlip.data import plan
-from hpcmlip.data.dataset import Dataset
+from hpcmlip.data.dataset import Dataset, Group
 from hpcmlip.data.reader import Arrays, Reader
 from hpcmlip.errors import ConfigError
 from hpcmlip.graph import DenseTopology
@@ -79,6 +79,10 @@ class TrainLoader:
     def steps(self, epoch: int) -> int:
         """Optimizer steps of an epoch, the same on every process."""
         return len(self._plan(epoch)[0].edges) - 1
+
+    def work(self, epoch: int) -> np.ndarray:
+        """[steps, streams, 3] blocks, atoms and pairs of the micro-batches of an epoch, those of all processes."""
+        return plan.work([group.rows for group in self._groups], self._plan(epoch))
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[AtomsBatch, ...]]]:
         """Of each step from `first_step`: the micro-batches of this process, each a tuple of blocks."""
@@ -148,13 +152,7 @@ def split_batches(
     """
     groups = [group for group in dataset.groups(split) if group.rows.count]
     reader = Reader(groups, dataset.spec, cutoff, 0)
-    mine = plan.plan(
-        [group.rows for group in groups],
-        num_streams=size,
-        budget=section.pairs_per_batch,
-        blocks_per_batch=section.blocks_per_batch,
-        seed=None,
-    )[rank]
+    mine = _split_plan(groups, section, size)[rank]
     visits = [plan.order(group.rows, group=i, seed=None) for i, group in enumerate(groups)]
 
     def produce():
@@ -168,6 +166,22 @@ def split_batches(
         yield from iter(worker.get, None)
     finally:
         worker.close()
+
+
+def split_work(dataset: Dataset, section: DataSection, split: str, *, size: int) -> np.ndarray:
+    """[steps, size, 3] blocks, atoms and pairs of the batches that `split_batches` gives each of `size` processes."""
+    groups = [group for group in dataset.groups(split) if group.rows.count]
+    return plan.work([group.rows for group in groups], _split_plan(groups, section, size))
+
+
+def _split_plan(groups: Sequence[Group], section: DataSection, size: int) -> list[plan.StreamPlan]:
+    return plan.plan(
+        [group.rows for group in groups],
+        num_streams=size,
+        budget=section.pairs_per_batch,
+        blocks_per_batch=section.blocks_per_batch,
+        seed=None,
+    )
 
 
 class _Prefetch:

@@ -169,3 +169,17 @@ def _edges(costs: np.ndarray, steps: int) -> np.ndarray:
     total = int(ends[-1]) if len(ends) else 0
     share = (ends - costs) * steps // max(total, 1)  # the batch in which a block begins
     return np.searchsorted(share, np.arange(steps + 1))
+
+
+def work(groups: Sequence[Rows], streams: Sequence[StreamPlan]) -> np.ndarray:
+    """[steps, streams, 3] int64: blocks, atoms and pairs of each micro-batch; 0 where it is filled with weight 0."""
+    atoms, cost = (np.array([getattr(rows, name) for rows in groups]) for name in ("num_atoms", "pairs"))
+    found = np.zeros((len(streams[0].edges) - 1, len(streams), 3), dtype=np.int64)
+    for i, stream in enumerate(streams):
+        group, size = stream.blocks[:, 0], stream.blocks[:, 2] - stream.blocks[:, 1]
+        step = np.repeat(np.arange(len(found)), np.diff(stream.edges))
+        # blocks of one group in a micro-batch are joined
+        found[:, i, 0] = np.bincount(np.unique(step * len(groups) + group) // len(groups), minlength=len(found))
+        np.add.at(found[:, i, 1], step, size * atoms[group])
+        np.add.at(found[:, i, 2], step, size * cost[group])
+    return found

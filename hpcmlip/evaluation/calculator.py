@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from hpcmlip.errors import ConfigError
@@ -56,3 +56,9 @@ class EnsembleCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(said.stress)
         if said.energy_std is not None:
             self.results |= {"energy_std": said.energy_std, "forces_std": said.forces_std}
+        if "stress" in properties and said.stress is None:
+            raise PropertyNotImplementedError(
+                "no stress: the forces of a model are no gradient of its energy"
+                if self.atoms.pbc.all()
+                else f"no stress: the structure is not periodic in all three directions (pbc {self.atoms.pbc.tolist()})"
+            )

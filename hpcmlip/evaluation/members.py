@@ -179,6 +179,10 @@ class Ensemble:
         """Are the forces of all members gradients of their energies? Otherwise there is no stress."""
         return all(member.potential.is_conservative for member in self.members)
 
+    def gives_forces(self, level: str) -> bool:
+        """Do all members predict forces of this level?"""
+        return all(m.potential.gives_forces(m.spec.levels.index(level)) for m in self.members)
+
     def settings(self) -> list[dict[str, object]]:
         """For each member, dotted key -> value of the settings that are not the same for all; seed and name aside."""
         configs = [fixed(member.info["config"]) for member in self.members]

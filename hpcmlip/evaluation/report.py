@@ -64,7 +64,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence], *, numeric_from: int
 
 def _how_to_cite(content: dict) -> str:
     n = len(content["members"])
-    energies = "Energies are errors of the total energy of a molecule, forces of a Cartesian component."
+    energies = "Energies are errors of the total energy of a structure, forces of a Cartesian component."
     if n < 2:
         return f"{energies} One member gives no interval; train several that differ in their seed."
     if content["members"][0]["settings"]:

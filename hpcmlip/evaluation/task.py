@@ -46,7 +46,11 @@ def prepare(runs: Sequence[Path], store: Path, split: str, device: torch.device)
     ensemble = load_members(runs, device=device)
     meta = open_store(store).meta
     held = {level.name: level for level in meta.levels}
-    wanted = {name: "EF" if held[name].has_forces else "E" for name in ensemble.first.spec.levels if name in held}
+    wanted = {
+        name: "EF" if held[name].has_forces and ensemble.gives_forces(name) else "E"
+        for name in ensemble.first.spec.levels
+        if name in held
+    }
     if not wanted:
         raise DataError(
             f"the models know the levels {', '.join(ensemble.first.spec.levels)}, the store {store} holds "

@@ -4,9 +4,10 @@ Satorras, Hoogeboom, Welling, ICML 2021; Fourier features: Tancik et al., NeurIP
 
     m_ij = phi_e(h_i, h_j, gamma(r_ij)) u(r_ij)        gamma(r) = [sin(b r), cos(b r)], b drawn once and frozen
     h_i <- h_i + phi_h(h_i, sum_j m_ij)
-    x_i <- x_i + sum_j (x_i - x_j) / (r_ij + 1) phi_x(m_ij)        only with `update_coords`
+    x_i <- x_i + sum_j (x_i - x_j) / (r_ij + 1) phi_x(m_ij / u) u        only with `update_coords`
 
-with an envelope u that vanishes at the cutoff; sums, not means, for a mean over neighbours jumps where one leaves.
+with an envelope u of the true distance that vanishes at the cutoff, and r_ij the distance after the moves so far; sums,
+not means, for a mean over neighbours jumps where one leaves.
 
 Letters: C copies of the atoms, one a level if the level of theory is a flag among the inputs, else a single one.
 """

@@ -5,7 +5,6 @@ Nothing is ever unpickled. `model.json` is written last and names the sha256 of 
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import safetensors.torch
@@ -15,6 +14,7 @@ import hpcmlip
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.errors import ConfigError, DataError
+from hpcmlip.files import write_atomic
 from hpcmlip.models.potential import Potential
 
 SCHEMA = 1
@@ -38,8 +38,8 @@ def save_model(folder: Path, potential: Potential, *, config: RunConfig, card: d
         **card,
     }
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
-    _write(folder / WEIGHTS, weights)
-    _write(folder / CARD, text.encode())
+    write_atomic(folder / WEIGHTS, weights)
+    write_atomic(folder / CARD, text)
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Potential, dict]:
@@ -95,17 +95,3 @@ def _rebuild(card: dict, weights: bytes, path: Path, dtype: torch.dtype) -> Pote
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{path} does not describe the weights beside it ({type(error).__name__}: {reason})") from None
     return potential.eval()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

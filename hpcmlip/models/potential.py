@@ -40,6 +40,10 @@ class Potential(nn.Module):
         """Are the forces the gradient of the energy?"""
         return "conservative" not in self.config.limits
 
+    def gives_forces(self, level: int) -> bool:
+        """Does a level have forces? Those of a network that predicts them by itself must have been trained."""
+        return self.is_conservative or level in self.spec.force_levels
+
     def forward(
         self, blocks: Sequence[AtomsBatch], *, force_levels: Sequence[int] | None = None, stress: bool = False
     ) -> list[Prediction]:
@@ -50,11 +54,12 @@ class Potential(nn.Module):
         level serves all blocks together, since structures do not interact. In training mode (and where gradients are
         on) the result can be differentiated, and a level without a force label in any of the blocks is left out: its
         plane is 0. In evaluation mode the result carries no graph if forces were asked for. Raises DataError for a
-        periodic block if the model is for molecules only, or if stress is asked of a model that is not conservative.
+        periodic block if the model is for molecules only, and if a model that is not conservative is asked for stress
+        or for forces of another level than `spec.force_levels`.
         """
         levels = self.spec.force_levels if force_levels is None else tuple(force_levels)
         differentiable = self.training and torch.is_grad_enabled()
-        self._check(blocks, stress)
+        self._check(blocks, levels, stress)
         if not levels:
             return [_plain(self._evaluate(_Leaves(block, block.pos))) for block in blocks]
         if not self.is_conservative:
@@ -81,12 +86,18 @@ class Potential(nn.Module):
             for i, (s, leaf) in enumerate(zip(said, leaves, strict=True))
         ]
 
-    def _check(self, blocks: Sequence[AtomsBatch], stress: bool) -> None:
+    def _check(self, blocks: Sequence[AtomsBatch], levels: Sequence[int], stress: bool) -> None:
         limits = self.config.limits
         if "periodic" in limits and any(block.topology.cell is not None for block in blocks):
             raise DataError(f"model '{self.config.kind}' does not compute periodic structures: {limits['periodic']}")
         if stress and not self.is_conservative:
             raise DataError(f"model '{self.config.kind}' gives no stress: {limits['conservative']}")
+        for level in levels:
+            if not self.gives_forces(level):
+                raise DataError(
+                    f"model '{self.config.kind}' gives no forces of {self.spec.levels[level]}, where it was trained on "
+                    f"energies alone: {limits['conservative']}"
+                )
 
     def _evaluate(self, leaf: "_Leaves") -> "_Said":
         pos, topology = leaf.pos, leaf.block.topology

@@ -134,12 +134,12 @@ class DegreeLinear(nn.Module):
         super().__init__()
         std = channels**-0.5
         self.weight = nn.Parameter(torch.empty(degree + 1, channels, channels, dtype=torch.float32).normal_(0.0, std))
-        degrees = [ell for ell in range(degree + 1) for _ in range(2 * ell + 1)]
-        self.register_buffer("degrees", torch.tensor(degrees), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[A, M, C] -> [A, M, C]."""
-        return torch.bmm(x.transpose(0, 1), self.weight.index_select(0, self.degrees)).transpose(0, 1)
+        # expanded, not indexed: the derivative is a sum in a fixed order on GPUs too
+        weights = torch.cat([weight.expand(2 * ell + 1, -1, -1) for ell, weight in enumerate(self.weight)])
+        return torch.bmm(x.transpose(0, 1), weights).transpose(0, 1)
 
 
 class EdgeKernel(nn.Module):

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hpcmlip import files
 from hpcmlip.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -52,14 +52,14 @@ def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
         contents = {f"{stem}.safetensors": safetensors.torch.save(dict(group)) for stem, group in tensors.items()}
         contents[STATE] = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1).encode()
         for file, content in contents.items():
-            _write(temporary / file, content)
-        _write(temporary / MANIFEST, json.dumps(_manifest(contents), indent=1).encode())
-        _sync_folder(temporary)
+            files.write(temporary / file, content)
+        files.write(temporary / MANIFEST, json.dumps(_manifest(contents), indent=1).encode())
+        files.flush(temporary)
         aside = folder / f"{_TEMPORARY}old-{final.name}"
         if final.exists():  # the same step again, at the end of a run or after a resume from an older one
             final.rename(aside)
         temporary.rename(final)
-        _sync_folder(folder)
+        files.flush(folder)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -68,11 +68,11 @@ def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
 
 
 def _manifest(contents: Mapping[str, bytes]) -> dict:
-    files = {
+    entries = {
         file: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for file, content in contents.items()
     }
-    return {"schema": SCHEMA, "files": files}
+    return {"schema": SCHEMA, "files": entries}
 
 
 def name(step: int) -> str:
@@ -136,18 +136,3 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
             # a folder that cannot be removed costs space, not the run
             with contextlib.suppress(OSError):
                 shutil.rmtree(folder / name(step))
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -60,7 +60,7 @@ def train(config: RunConfig, run_dir: Path) -> int:
             log.info("%s is finished already: %s after step %d", run_dir, finished["reason"], finished["step"])
             return 0
         try:
-            code = _Training(config, run_dir, world, device, requests).run()
+            code = Training(config, run_dir, world, device, requests).run()
             # launchers take the first process to leave with 75 for a failure and end the others
             dist.barrier()
             return code
@@ -72,7 +72,7 @@ def train(config: RunConfig, run_dir: Path) -> int:
             raise
 
 
-class _Training:
+class Training:
     """What a run consists of, and its steps in order."""
 
     def __init__(self, config: RunConfig, run_dir: Path, world: World, device: torch.device, requests: StopRequests):

@@ -15,6 +15,7 @@ from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.dist import World
 from hpcmlip.errors import RunError
+from hpcmlip.files import write_atomic
 from hpcmlip.models.export import CARD, save_model
 from hpcmlip.training import checkpoint, rundir
 from hpcmlip.training.average import Average
@@ -129,7 +130,7 @@ class Records:
                 weights = json.loads((self._run_dir / CARD).read_text())["weights_sha256"]
                 record = {"state": "finished", "reason": reason, "step": progress.step}
                 record |= {"best": progress.best, "weights_sha256": weights}
-                rundir.write_atomic(self._run_dir / rundir.DONE, json.dumps(record, indent=1))
+                write_atomic(self._run_dir / rundir.DONE, json.dumps(record, indent=1))
         best = progress.best
         log.info("finished: %s; best validation %.5g at step %d", reason, best["objective"], best["step"])
 

@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 
 from hpcmlip import dist
-from hpcmlip.config import RunConfig, dump, read_yaml
+from hpcmlip.config import RunConfig, dump, flat, read_yaml
 from hpcmlip.errors import ConfigError, RunError
+from hpcmlip.files import write_atomic
 
 CONFIG = "config.yaml"
 DONE = "done.json"
@@ -96,7 +97,7 @@ def differing(old: dict, new: dict) -> list[str]:
 
 def fixed(config: dict) -> dict[str, object]:
     """Dotted key -> value of the settings that make a run what it is: those that must not change when it goes on."""
-    return {key: value for key, value in _flat(config).items() if not key.startswith(MAY_CHANGE)}
+    return {key: value for key, value in flat(config).items() if not key.startswith(MAY_CHANGE)}
 
 
 def holder(run_dir: Path) -> str | None:
@@ -105,23 +106,3 @@ def holder(run_dir: Path) -> str | None:
         return (run_dir / LOCK).read_text().strip() or None
     except OSError:
         return None
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that it is there complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -4,6 +4,7 @@ As from ANI-1x to ANI-1ccx: Smith et al., Nature Communications 10, 2903 (2019).
 """
 
 import dataclasses
+import inspect
 import json
 import logging
 
@@ -30,7 +31,8 @@ def freeze(potential: Potential, section: TransferSection) -> None:
     if not section.freeze:
         return
     kind = potential.config.kind
-    if not hasattr(potential.net, "layers"):
+    # an attribute of this name may as well hold modules
+    if not inspect.ismethod(getattr(potential.net, "layers", None)):
         raise ConfigError(f"transfer.freeze: the model '{kind}' does not tell its layers apart; leave freeze out")
     layers = potential.net.layers()
     for index in section.freeze:
@@ -65,7 +67,10 @@ def start(potential: Potential, section: TransferSection) -> None:
         if name not in axes:
             state[name].copy_(value)
         elif name in parameters:
-            state[name].copy_(value.index_select(axes[name], rows))
+            # what stands before the levels (elements, where a level is a flag among the inputs) is kept
+            first = value.shape[axes[name]] - len(old.spec.levels)
+            chosen = torch.cat([torch.arange(first), first + rows])
+            state[name].copy_(value.index_select(axes[name], chosen))
     heads = ", ".join(
         f"{new} from {old.spec.levels[row]}" for new, row in zip(potential.spec.levels, rows, strict=True)
     )
@@ -73,16 +78,16 @@ def start(potential: Potential, section: TransferSection) -> None:
 
 
 def level_axes(potential: Potential) -> dict[str, int]:
-    """Parameter or buffer -> its axis that counts levels, found by building the same model with one level more."""
+    """Parameter or buffer -> the axis at whose end it has one entry a level, found by building a model of one more."""
     spec = potential.spec
-    more = dataclasses.replace(
+    larger = dataclasses.replace(
         spec,
         levels=(*spec.levels, ""),
         reference=np.pad(spec.reference, ((0, 1), (0, 0))),
         residual=np.pad(spec.residual, ((0, 1), (0, 0))),
         isolated=(*spec.isolated, False),
     )
-    other = Potential(potential.config, more, seed=0).state_dict()
+    other = Potential(potential.config, larger, seed=0).state_dict()
     axes = {}
     for name, tensor in potential.state_dict().items():
         grown = [
@@ -90,7 +95,8 @@ def level_axes(potential: Potential) -> dict[str, int]:
         ]
         if grown:
             (axes[name],) = grown
-            assert tensor.shape[grown[0]] == len(spec.levels), f"{name} has not one row a level"
+            more = other[name].shape[grown[0]] - tensor.shape[grown[0]]
+            assert more == 1, f"{name} grows by {more} entries with each level"
     return axes
 
 
@@ -111,6 +117,8 @@ def _rows(old: DataSpec, new: DataSpec, section: TransferSection) -> torch.Tenso
         raise ConfigError(f"transfer.level is '{section.level}', {section.model} has {choices}")
     rest = section.level or (old.levels[0] if len(old.levels) == 1 else None)
     unknown = [level for level in new.levels if level not in old.levels]
+    if section.level is not None and not unknown:
+        raise ConfigError(f"transfer.level has no effect: {section.model} has all levels of the data; leave it out")
     if unknown and rest is None:
         raise ConfigError(f"{section.model} lacks the level {unknown[0]}: give transfer.level, one of {choices}")
     return torch.tensor([old.levels.index(level if level in old.levels else rest) for level in new.levels])

@@ -34,6 +34,7 @@ DEFAULT_LEVELS = ("reference",)
 OPTIONS: dict = {}
 
 PROPERTIES = re.compile(r"""Properties=("[^"]*"|'[^']*'|\S+)""")
+STRUCTURE_KEYS = {"Lattice", "Properties", "pbc", "pos", "species", "Z"}
 KEY = re.compile(r"([^\s=\"'{}\[\]]+)\s*=")
 
 
@@ -57,10 +58,7 @@ class XyzFile(RawFile):
         for level in self.levels:
             for key in (*level.source.energy_keys, *([level.source.forces] if level.source.forces else [])):
                 if key not in self.index.keys:
-                    raise DataError(
-                        f"{self.path}: no frame has the key '{key}', which level '{level.name}' needs"
-                        f"{suggest(key, sorted(self.index.keys))}"
-                    )
+                    raise self._lacks(key, level.name)
         groups = sorted(self.index.groups.items())
         return [RawGroup(i, path, len(g.frames), len(g.numbers)) for i, (path, g) in enumerate(groups)]
 
@@ -111,6 +109,14 @@ class XyzFile(RawFile):
         if values.shape != shape:
             raise self._wrong(frame, f"'{key}' has the shape {values.shape}, expected {shape}")
         return values
+
+    def _lacks(self, key: str, level: str) -> DataError:
+        known = sorted(self.index.keys - STRUCTURE_KEYS)
+        hint = suggest(key, known) if known else " (there are only those of the structures: a file without labels?)"
+        return DataError(
+            f"{self.path}: no frame has the key '{key}', which level '{level}' needs{hint}; "
+            "give the keys of the file to 'levels' of the config"
+        )
 
     def _wrong(self, frame: int, what: str) -> DataError:
         return DataError(f"{self.path}: frame {frame}: {what}")
@@ -172,10 +178,12 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, str, int]]:
             return
         try:
             num_atoms = int(head)
-            comment = file.readline().decode()
         except ValueError:
-            text = head[:40].decode(errors="replace").strip()
-            raise DataError(f"{path}: frame {frame}: expected a number of atoms and a comment, got '{text}'") from None
+            raise DataError(f"{path}: frame {frame}: expected a number of atoms, got {_shown(head)}") from None
+        try:
+            comment = file.readline().decode()
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: frame {frame}: the comment line is not UTF-8; convert the file") from None
         column = _element_column(path, frame, comment)
         # no more than the file has, whatever the head of a damaged one says
         lines = list(islice(iter(file.readline, b""), max(num_atoms, 0)))
@@ -189,6 +197,13 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, str, int]]:
             raise DataError(f"{path}: frame {frame}: a line of its atoms has too few columns") from None
         yield b" ".join(symbols), comment, len(head) + len(comment.encode()) + sum(map(len, lines))
         frame += 1
+
+
+def _shown(line: bytes) -> str:
+    text = line[:40].decode(errors="replace").strip()
+    if "\ufffd" in text or not text.isprintable():
+        return "binary data (a compressed file must be unpacked)"
+    return f"'{text}'"
 
 
 def _element_column(path: Path, frame: int, comment: str) -> int:

@@ -50,6 +50,7 @@ def test_inspect_as_tables(ab_initio_store, capsys):
     text = capsys.readouterr().out
     for part in ("998", "dz", "cc", "forces", "ab_initio_small.h5", "sha256", "molecules stand in more than one split"):
         assert part in text
+    assert "too few compositions" not in text
 
 
 def test_a_leak_would_be_seen(xtb_store):

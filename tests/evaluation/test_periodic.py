@@ -82,7 +82,7 @@ def test_forces_of_a_slab_are_derivatives_and_it_has_no_stress(calculator):
     slab = boxes.boxes(1, pbc=(True, False, True))[0]
     slab.calc = calculator
     np.testing.assert_allclose(slab.get_forces(), calculate_numerical_forces(slab, eps=1e-5), atol=2e-6)
-    with pytest.raises(PropertyNotImplementedError):
+    with pytest.raises(PropertyNotImplementedError, match="not periodic in all three directions"):
         slab.get_stress()
 
 
@@ -187,7 +187,7 @@ def test_models_without_a_potential_give_no_stress(experiment, box, tmp_path, mo
     monkeypatch.setattr(Ensemble, "is_conservative", False)
     box.calc = EnsembleCalculator(experiment)
     assert np.isfinite(box.get_forces()).all()
-    with pytest.raises(PropertyNotImplementedError):
+    with pytest.raises(PropertyNotImplementedError, match="no gradient of its energy"):
         box.get_stress()
 
 

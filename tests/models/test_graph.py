@@ -95,31 +95,6 @@ def test_sum_and_contract(graph):
         assert_close(outer[i], torch.einsum("km,kf->mf", weights[i], e[i]))
 
 
-def test_softmax(graph):
-    e = 50 * values(graph.mask.shape[1], 3)
-    weight = graph.softmax(e)
-    for i in range(B * N):
-        near = graph.mask[i]
-        assert_close(weight[i, near], torch.softmax(e[i, near], dim=0))
-        assert not weight[i, ~near].any()
-
-
-def test_softmax_without_neighbours_is_zero():
-    lone = molecules.batch([molecules.ideal()["single_atom"]])
-    graph = lone.topology.graph(lone.pos, CUTOFF)
-    e = torch.ones(1, 1, 2, dtype=torch.float64, requires_grad=True)
-    weight = graph.softmax(e)
-    assert not weight.any()
-    assert not torch.autograd.grad(weight.sum(), e)[0].any()
-
-
-def test_derivatives_of_softmax():
-    small = molecules.batch(molecules.real("H2O1"))
-    water = small.topology.graph(small.pos, CUTOFF)
-    e = torch.randn(3, 3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(water.softmax, (e,)) and torch.autograd.gradgradcheck(water.softmax, (e,))
-
-
 def test_structures(batch):
     x = values(2)
     total = batch.topology.sum_atoms(x)

@@ -1,5 +1,7 @@
 """MD17, extended XYZ and the ionic liquid: what is read is what the file was written from, in Å and eV."""
 
+import gzip
+
 import ase.io
 import boxes
 import numpy as np
@@ -11,6 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from in_process import rows, shard, splits
 
 from hpcmlip import plugins
+from hpcmlip.data import inspection
 from hpcmlip.errors import DataError
 from hpcmlip.preprocess.config import LevelSource
 from hpcmlip.preprocess.readers import RawLevel
@@ -233,7 +236,7 @@ def lines(edit):
 
 
 def cut(part: float):
-    def write(path, make=None):
+    def write(path):
         trajectory_files.write_npz(path, trajectory_files.md17())
         data = path.read_bytes()
         path.write_bytes(data[: int(part * len(data))])
@@ -282,6 +285,18 @@ BAD = {
     ("extxyz", "empty"): (lambda path: path.write_text(""), "is empty"),
     ("extxyz", "cut"): (xyz(lambda text: text[: int(0.43 * len(text))]), "is the file truncated?"),
     ("extxyz", "no number"): (xyz(lambda text: "x" + text), "frame 0: expected a number of atoms"),
+    ("extxyz", "compressed"): (
+        lambda path: path.write_bytes(gzip.compress(b"2\n\nH 0 0 0\nH 0 0 1\n")),
+        "frame 0: expected a number of atoms, got binary data",
+    ),
+    ("extxyz", "Latin-1"): (
+        lambda path: path.write_bytes("2\nin Å\nH 0 0 0\nH 0 0 1\n".encode("latin-1")),
+        "frame 0: the comment line is not UTF-8",
+    ),
+    ("extxyz", "no labels"): (
+        lambda path: path.write_text("2\n\nH 0 0 0\nH 0 0 1\n"),
+        "no frame has the key 'energy', which level 'reference' needs (there are only those of the structures",
+    ),
     ("extxyz", "a blank line between"): (
         xyz(lambda text: text[: _frame(text, 3)] + "\n" + text[_frame(text, 3) :]),
         "frame 3: expected a number of atoms, got a blank line",
@@ -383,6 +398,18 @@ def test_one_molecule_cannot_be_split_by_molecule(tmp_path):
 # --------------------------------------------------------------------------------------------------- into the store
 
 
+def test_inspect_says_that_one_composition_has_no_atomic_energies(tmp_path, capsys):
+    trajectory_files.write_npz(tmp_path / "raw.npz", trajectory_files.md17("H3N1"))
+    store = shard(raw_files.write_config(tmp_path, "raw.npz", "md17", split={"by": "structure"}))
+    capsys.readouterr()
+    inspection.show(store.path)
+    text = capsys.readouterr().out
+    assert "too few compositions" in text
+    (row,) = [line for line in text.splitlines() if "energy" in line and "unknown" in line]
+    _, _, _, _, _, _, hydrogen, carbon, nitrogen, oxygen, *_ = (cell.strip() for cell in row.split("│"))
+    assert hydrogen.startswith("-") and nitrogen.startswith("-") and carbon == oxygen == ""
+
+
 def test_other_elements_than_those_of_organic_molecules(tmp_path):
     salt = []
     for i in range(20):
@@ -391,7 +418,7 @@ def test_other_elements_than_those_of_organic_molecules(tmp_path):
         salt.append(atoms)
     trajectory_files.write_extxyz(tmp_path / "raw.xyz", salt)
     config = raw_files.write_config(tmp_path, "raw.xyz", "extxyz", split={"by": "structure"})
-    with pytest.raises(DataError, match=r"unknown element \(Li Na Cl\)"):
+    with pytest.raises(DataError, match=r"unknown element \(Li Na Cl\).*check elements"):
         shard(config)
     store = shard(config, "elements=[Li, Na, Cl]")
     assert store.meta.elements == (3, 11, 17) and store.meta.num_structures == 20

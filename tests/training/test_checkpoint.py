@@ -66,10 +66,10 @@ def test_if_none_is_sound_the_run_does_not_start_from_scratch(tmp_path):
         checkpoint.newest(tmp_path)
 
 
-@pytest.mark.parametrize("fails_at", ["_write", "_sync_folder"])
+@pytest.mark.parametrize("fails_at", ["write", "flush"])
 def test_a_full_disk_leaves_the_old_ones_and_nothing_else(tmp_path, monkeypatch, fails_at):
     fill(tmp_path)
-    real, calls = getattr(checkpoint, fails_at), []
+    real, calls = getattr(checkpoint.files, fails_at), []
 
     def full(*arguments):
         calls.append(arguments)
@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_the_old_ones_and_nothing_else(tmp_path, monkeypatch,
             raise OSError(28, "No space left on device")
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoint, fails_at, full)
+    monkeypatch.setattr(checkpoint.files, fails_at, full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.write(tmp_path, 4, {}, TENSORS)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name(s) for s in (1, 2, 3)]

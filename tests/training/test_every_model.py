@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import molecules
 import pytest
 import torch
 import yaml
 
 from hpcmlip import plugins
 from hpcmlip.config import RunConfig, load
+from hpcmlip.errors import DataError
 from hpcmlip.evaluation.ensemble import evaluate
 from hpcmlip.models.export import load_model
 from hpcmlip.training.loop import train
@@ -46,6 +48,26 @@ def test_train_stop_continue_evaluate(kind, ab_initio_store, make_config, tmp_pa
     evaluate([stopped], ab_initio_store, split="test", out=tmp_path / "out", unit="kcal/mol")
     levels = json.loads((tmp_path / "out" / "metrics.json").read_text())["levels"]
     assert levels["dz"]["forces"]["rmse"] > 0 and levels["cc"]["energy"]["rmse"] > 0
+
+
+@pytest.mark.parametrize("labels", ["E", "EF"])
+def test_direct_forces_are_those_of_the_levels_trained_on_forces(labels, ab_initio_store, make_config, tmp_path):
+    small = {"max_degree": 1, "layers": 2, "channels": 4, "heads": 2, "radial_hidden": 6, "radial_functions": 4}
+    config = make_config(
+        data={"stores": [str(ab_initio_store)], "levels": {"dz": labels, "cc": "E"}, "pairs_per_batch": 4000},
+        model={"kind": "se3_transformer", **small, "forces": "direct"},
+        loss={"kind": "rmse_mae"},
+        train={"epochs": 1, "micro_batches_per_step": 2},
+        engine={"device": "cpu", "zero_stage": 2},
+    )
+    assert train(config, tmp_path / "run") == 0
+    evaluate([tmp_path / "run"], ab_initio_store, split="test", out=tmp_path / "out", unit="kcal/mol")
+    levels = json.loads((tmp_path / "out" / "metrics.json").read_text())["levels"]
+    # the store has the labels, but an untrained output is nothing to compare them with
+    assert ("forces" in levels["dz"]) == (labels == "EF") and levels["dz"]["energy"]["rmse"] > 0
+    potential, batch = load_model(tmp_path / "run")[0], molecules.batch(molecules.real("H2O1"), torch.float32)
+    with pytest.raises(DataError, match="gives no forces of cc"):
+        potential([batch], force_levels=[1])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "models").glob("*.yaml")), ids=lambda path: path.stem)

@@ -32,17 +32,22 @@ def save(folder: Path, config, levels) -> Potential:
     return potential
 
 
-def small(kind: str):
-    """The first of the small settings under which the contract suite runs a model."""
+def small(kind: str, variant: str | None = None):
+    """Small settings under which the contract suite runs a model: a variant, by default the first."""
     path = Path(__file__).parents[1] / "contracts" / "models" / f"{kind}.yaml"
-    settings = next(iter(yaml.safe_load(path.read_text()).values()))
+    variants = yaml.safe_load(path.read_text())
+    settings = variants[variant or next(iter(variants))]
     return plugins.find("models", kind).Config.model_validate_json(json.dumps({"kind": kind, **settings}))
 
 
-@pytest.mark.parametrize("kind", plugins.names("models"))
-def test_each_level_starts_from_the_right_head(tmp_path, kind):
-    old = save(tmp_path / "old", small(kind), ("a", "b"))
-    new = Potential(small(kind), molecules.spec(("c", "b", "d")), seed=2)
+HEADS = [small(kind) for kind in plugins.names("models")]
+FLAG = small("egnn", "moving")
+
+
+@pytest.mark.parametrize("config", [*HEADS, FLAG], ids=[*plugins.names("models"), "egnn-flag"])
+def test_each_level_starts_from_the_right_head(tmp_path, config):
+    old = save(tmp_path / "old", config, ("a", "b"))
+    new = Potential(config, molecules.spec(("c", "b", "d")), seed=2)
     batch = molecules.batch(molecules.real("C2H6O1", slice(0, 2)), dtype=torch.float32)
 
     def learnt(potential):
@@ -84,6 +89,13 @@ def test_what_does_not_fit_is_refused(tmp_path, section, changes, message):
         transfer.start(new, TransferSection(model=tmp_path / "old", **section))
 
 
+def test_a_level_that_no_head_starts_from_is_refused(tmp_path):
+    save(tmp_path / "old", ani.Config(**SMALL), ("a", "b"))
+    new = Potential(ani.Config(**SMALL), molecules.spec(("b",)), seed=2)
+    with pytest.raises(ConfigError, match=r"transfer\.level has no effect"):
+        transfer.start(new, TransferSection(model=tmp_path / "old", level="a"))
+
+
 def test_other_elements_are_refused(tmp_path, monkeypatch):
     save(tmp_path / "old", ani.Config(**SMALL), ("a",))
     monkeypatch.setattr(molecules, "ELEMENTS", (1, 6, 7, 16))
@@ -121,10 +133,10 @@ def test_layers_that_cannot_be_frozen(config, freeze, message):
         transfer.freeze(Potential(config, molecules.spec(), seed=0), TransferSection(model=Path("x"), freeze=freeze))
 
 
-def test_a_model_without_layers(monkeypatch):
-    monkeypatch.delattr(hipnn.Net, "layers")
-    potential = Potential(hipnn.Config(features=6), molecules.spec(), seed=0)
-    with pytest.raises(ConfigError, match="'hipnn' does not tell its layers apart"):
+@pytest.mark.parametrize("kind", ["egnn", "jat", "deeppot", "se3_transformer"])
+def test_a_model_without_layers(kind):
+    potential = Potential(small(kind), molecules.spec(), seed=0)
+    with pytest.raises(ConfigError, match=f"'{kind}' does not tell its layers apart"):
         transfer.freeze(potential, TransferSection(model=Path("x"), freeze=(0,)))
 
 
