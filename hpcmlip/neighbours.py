@@ -8,6 +8,7 @@ import torch
 from vesin import NeighborList
 
 from hpcmlip.graph import DenseTopology, ListTopology, Topology
+from hpcmlip.lattice import search_radius
 
 LARGEST_DENSE = 64
 """Atoms up to which molecules are computed with all their pairs."""
@@ -64,10 +65,10 @@ class Edges:
 def edges(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, reach: float) -> Edges:
     """Edges of a structure [N, 3] Å, for the rest as `neighbour_lists`."""
     box = _whole_cell(cell, pbc)
-    search = NeighborList(cutoff=reach, full_list=True)
+    search = NeighborList(cutoff=search_radius(box, reach) if pbc.all() else reach, full_list=True)
     lattice = box if pbc.any() else np.zeros((3, 3))
-    i, j, steps = search.compute(np.asarray(pos, dtype=np.float64), lattice, pbc, quantities="ijS")
-    i, j, steps = i.astype(np.int64), j.astype(np.int64), steps.astype(np.int64)
+    i, j, steps, dist = search.compute(np.asarray(pos, dtype=np.float64), lattice, pbc, quantities="ijSd")
+    i, j, steps = (x[dist < reach].astype(np.int64) for x in (i, j, steps))
     # as if all atoms were in the cell: few steps, however far a trajectory has gone
     outside = np.floor(np.asarray(pos, dtype=np.float64) @ np.linalg.inv(box)).astype(np.int64) * pbc
     images = steps + outside[j] - outside[i]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcmlip.data import lattice
+from hpcmlip import lattice
 from hpcmlip.data.adjacency import LARGEST, squared_distances
 from hpcmlip.data.store import energy_bit, forces_bit
 from hpcmlip.preprocess.job import Job

@@ -12,8 +12,16 @@ SOURCES["hpcmlip.configs"] = ROOT / "configs"
 
 # lowest first; a module may import from lower layers and from its own
 LAYERS = [
-    {"hpcmlip", "hpcmlip.units", "hpcmlip.errors", "hpcmlip.files"},
-    {"hpcmlip.graph", "hpcmlip.neighbours", "hpcmlip.batch", "hpcmlip.plugins", "hpcmlip.explain", "hpcmlip.config"},
+    {"hpcmlip", "hpcmlip.units", "hpcmlip.lattice", "hpcmlip.errors", "hpcmlip.files"},
+    {
+        "hpcmlip.graph",
+        "hpcmlip.neighbours",
+        "hpcmlip.lattice",
+        "hpcmlip.batch",
+        "hpcmlip.plugins",
+        "hpcmlip.explain",
+        "hpcmlip.config",
+    },
     {"hpcmlip.rendezvous", "hpcmlip.dist", "hpcmlip.configs", "hpcmlip.slurm"},
     {"hpcmlip.models", "hpcmlip.data"},
     {"hpcmlip.training"},
@@ -26,6 +34,7 @@ PREPROCESS_USES = {
     "hpcmlip.units",
     "hpcmlip.errors",
     "hpcmlip.files",
+    "hpcmlip.lattice",
     "hpcmlip.config",
     "hpcmlip.plugins",
     "hpcmlip.data",

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from hpcmlip.data import adjacency
-from hpcmlip.data.lattice import lacks_volume
 from hpcmlip.data.store import MANIFEST, GroupMeta, Store, energy_bit, forces_bit, open_store, read_manifest
 from hpcmlip.errors import DataError
+from hpcmlip.lattice import lacks_volume
 
 
 def check_files(path: Path) -> Iterator[str]:

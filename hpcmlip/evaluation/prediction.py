@@ -15,11 +15,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from hpcmlip.batch import AtomsBatch
-from hpcmlip.data.lattice import lacks_volume
 from hpcmlip.data.plan import pairs
 from hpcmlip.errors import DataError
 from hpcmlip.evaluation.members import Ensemble, find_members, load_members
 from hpcmlip.evaluation.sums import std
+from hpcmlip.lattice import lacks_volume
 from hpcmlip.neighbours import topology
 
 log = logging.getLogger(__name__)

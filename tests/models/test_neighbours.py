@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hpcmlip import lattice
 from hpcmlip.graph import DenseTopology, ListTopology
 from hpcmlip.neighbours import neighbour_lists, topology
 
@@ -80,3 +81,15 @@ def test_atoms_far_outside_the_cell_keep_their_neighbours():
     near, far = (neighbour_lists(x, 5.0, cell=cell, pbc=pbc) for x in (pos, moved))
     distances = [lists.graph(torch.tensor(x[0]), 5.0).dist.sort().values for lists, x in ((near, pos), (far, moved))]
     assert torch.allclose(*distances, atol=1e-9)
+
+
+@pytest.mark.parametrize("edges", [(5.0, 1600.0, 1600.0), (1.5, 1500.0, 15000.0), (5.0, 5.0, 15000.0)])
+def test_flat_and_needle_like_cells(edges):
+    """Of which vesin's search by itself ends the process."""
+    pos, cell, pbc = np.random.default_rng(4).random((3, 3)) * 1.4, np.diag(edges), np.ones(3, dtype=bool)
+    lists = neighbour_lists(pos[None], 5.0, cell=cell[None], pbc=pbc[None])
+    short = np.diag([edges[0], min(edges[1], 40.0), 40.0])  # its images are out of reach too
+    expected = neighbour_lists(pos[None], 5.0, cell=short[None], pbc=pbc[None])
+    assert edges_of(lists, pos) == edges_of(expected, pos) and int(lists.valid.sum()) > 0
+    nearest = lattice.nearest_distances(pos[None], cell[None], pbc[None], 1.0)
+    assert nearest == lattice.nearest_distances(pos[None], short[None], pbc[None], 1.0)

@@ -12,7 +12,7 @@ from ase import Atoms
 from in_process import rows, shard
 
 from hpcmlip.data import inspection, verification
-from hpcmlip.data.lattice import lacks_volume, nearest_distances
+from hpcmlip.lattice import lacks_volume, nearest_distances
 
 
 def config(folder, structures, **settings):

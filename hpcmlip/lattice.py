@@ -5,6 +5,9 @@ import numpy as np
 FLAT = 0.1
 """Å."""
 
+MOST_BINS = 1e5
+"""Of vesin, which merges bins beyond it, and divides by zero where an axis has fewer than it would merge into one."""
+
 
 def lacks_volume(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """[R] bool of cells [R, 3, 3] Å, rows are lattice vectors, and periodic directions [R, 3] bool.
@@ -24,6 +27,16 @@ def _lacks_volume(vectors: np.ndarray) -> bool:
     return bool(extents[-1] < max(FLAT, 1e-6 * extents[0]))
 
 
+def search_radius(cell: np.ndarray, reach: float) -> float:
+    """Radius for vesin's search in a cell [3, 3] Å: `reach` Å, but more where a flat cell would bring it down."""
+    heights = np.abs(np.linalg.det(cell)) / np.linalg.norm(np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]]), axis=1)
+    while True:
+        bins = np.maximum(np.floor(heights / reach), 1)
+        if bins.prod() < 0.9 * MOST_BINS or bins.min() > 2 * (bins.prod() / MOST_BINS) ** (1 / 3):
+            return reach
+        reach *= 1.5
+
+
 def nearest_distances(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, reach: float) -> np.ndarray:
     """[R] distance of the two nearest atoms of finite positions [R, N, 3] Å, images counted; inf beyond `reach` Å.
 
@@ -31,9 +44,10 @@ def nearest_distances(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray, reach:
     """
     from vesin import NeighborList  # few data sets need it
 
-    search = NeighborList(cutoff=reach, full_list=False)
     nearest = np.full(len(pos), np.inf)
     for row, (x, box, periodic) in enumerate(zip(pos, cell, pbc, strict=True)):
+        radius = search_radius(box, reach) if periodic.all() else reach
+        search = NeighborList(cutoff=radius, full_list=False)
         (distances,) = search.compute(x.astype(np.float64), np.where(periodic[:, None], box, 0), periodic, "d")
-        nearest[row] = distances.min(initial=np.inf)
+        nearest[row] = distances[distances <= reach].min(initial=np.inf)
     return nearest
