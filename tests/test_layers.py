@@ -16,7 +16,6 @@ LAYERS = [
     {
         "hpcmlip.graph",
         "hpcmlip.neighbours",
-        "hpcmlip.lattice",
         "hpcmlip.batch",
         "hpcmlip.plugins",
         "hpcmlip.explain",

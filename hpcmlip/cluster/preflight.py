@@ -24,6 +24,7 @@ def check(experiment: Experiment, site: Site, *, local_ranks: int | None) -> Non
         _check_data(data)
         if experiment.evaluation is not None:
             _check_evaluation(experiment.evaluation, data)
+    _check_transfers(configs)
     trained = {str(sorted(config.data.levels.items())) for config in configs}
     if experiment.evaluation is not None and len(trained) > 1:
         raise ConfigError(
@@ -50,6 +51,18 @@ def _check_data(data: DataSection) -> None:
     for split in ("train", "val"):
         if not dataset.count(split):
             raise ConfigError(f"no structure of the split '{split}' carries a label of {', '.join(data.levels)}")
+
+
+def _check_transfers(configs: Iterable[RunConfig]) -> None:
+    parts = ("data", "model", "transfer")
+    different = {str([getattr(c, part) for part in parts]): c for c in configs if c.transfer is not None}
+    for config in different.values():
+        from hpcmlip.models.potential import Potential  # torch takes seconds that most submissions do not need
+        from hpcmlip.training import transfer
+
+        potential = Potential(config.model, Dataset.open(config.data.stores, config.data.levels).spec, seed=0)
+        transfer.start(potential, config.transfer)
+        transfer.freeze(potential, config.transfer)
 
 
 def _check_evaluation(evaluation: Evaluation, data: DataSection) -> None:

@@ -65,7 +65,9 @@ class Config(ModelSection):
             )
         for symbol, widths in self.hidden_of.items():
             if len(widths) != len(self.hidden):
-                raise ValueError(f"hidden_of.{symbol} has {len(widths)} layers, hidden has {len(self.hidden)}")
+                raise ValueError(
+                    f"hidden_of.{symbol} has {len(widths)} layers, hidden has {len(self.hidden)}: set both"
+                )
         return self
 
 

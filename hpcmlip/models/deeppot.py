@@ -55,7 +55,7 @@ class Config(ModelSection):
             "rotation": "the cells of the far field lie along the axes",
             "reflection": "the cells of the far field lie along the axes",
             "additivity": "the far field has no cutoff",
-            "periodic": "the far field is for molecules only",
+            "periodic": "the far field is for molecules only, set long_range: null",
         }
         if self.long_range.kind == "cells":
             limits["smooth_cutoff"] = "an atom at the cutoff jumps from the local environment into a cell"

@@ -10,7 +10,7 @@ import pytest
 
 from hpcmlip.cluster import experiment as experiments
 from hpcmlip.cluster.submission import How, retry, submit
-from hpcmlip.config import RunConfig, from_values, load
+from hpcmlip.config import RunConfig, TransferSection, from_values, load
 from hpcmlip.errors import ConfigError, DataError, RunError
 
 
@@ -125,6 +125,13 @@ def test_unknown_level_and_absent_store_are_refused_before_the_queue(config, tmp
         wrong = config.model_copy(update={"data": config.data.model_copy(update=update)})
         with pytest.raises(error):
             _submit(wrong, tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_model_to_start_from_that_is_not_there_is_refused_before_the_queue(config, tmp_path):
+    started = config.model_copy(update={"transfer": TransferSection(model=tmp_path / "nowhere", freeze=(0,))})
+    with pytest.raises(DataError, match="nowhere"):
+        _submit(started, tmp_path / "e")
     assert not (tmp_path / "e").exists()
 
 
