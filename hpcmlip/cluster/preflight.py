@@ -9,7 +9,9 @@ from hpcmlip.config import DataSection, RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.data.store import SPLITS, open_store
 from hpcmlip.errors import ConfigError
+from hpcmlip.models.potential import Potential
 from hpcmlip.plugins import suggest
+from hpcmlip.training import transfer
 
 
 def check(experiment: Experiment, site: Site, *, local_ranks: int | None) -> None:
@@ -57,9 +59,6 @@ def _check_transfers(configs: Iterable[RunConfig]) -> None:
     parts = ("data", "model", "transfer")
     different = {str([getattr(c, part) for part in parts]): c for c in configs if c.transfer is not None}
     for config in different.values():
-        from hpcmlip.models.potential import Potential  # torch takes seconds that most submissions do not need
-        from hpcmlip.training import transfer
-
         potential = Potential(config.model, Dataset.open(config.data.stores, config.data.levels).spec, seed=0)
         transfer.start(potential, config.transfer)
         transfer.freeze(potential, config.transfer)
