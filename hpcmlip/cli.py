@@ -1,9 +1,11 @@
 """The command line: parses, loads the config, calls one function. Imports inside the commands keep `--help` quick."""
 
+import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -105,7 +107,7 @@ def train(
 
     config = load(RunConfig, run, overrides or ())
     run_dir = run_dir or Path("runs") / config.name
-    sys.exit(forecasting.forecast(config, run_dir, as_json=json) if forecast else loop.train(config, run_dir))
+    _leave(forecasting.forecast(config, run_dir, as_json=json) if forecast else loop.train(config, run_dir))
 
 
 @app.command()
@@ -253,6 +255,21 @@ def configs(to: Annotated[Path | None, typer.Option(help="Copy them into this fo
         print("\n".join(listing()))
     else:
         copy_to(to)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process; one of several without the interpreter's own end, for everything is closed by now.
+
+    The threads of torch.distributed have been seen to abort that end (signal 6) after a finished run.
+    """
+    from hpcmlip import dist
+
+    if dist.detect().size > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main() -> None:
