@@ -172,11 +172,15 @@ def _hippynn_step(kernels: str, numbers, pos, device: str) -> Step:
 
 
 def _affordable(program: Program, wanted: int) -> int:
-    """Molecules that a step can have."""
-    few = min(FEW, wanted)
-    program.process.step(few)
-    seconds = program.process.step(few) / few
-    return min(wanted, max(few, int(LONGEST / seconds)))
+    """Molecules that a step can have; doubled from a few on, since small steps tell little of large ones."""
+    count = min(FEW, wanted)
+    program.process.step(count)
+    while count < wanted:
+        more = min(2 * count, wanted)
+        if program.process.step(count) * more / count > LONGEST:
+            break
+        count = more
+    return count
 
 
 def _row(program: Program, seconds: dict[str, list[float]], reference_count: int) -> dict:
