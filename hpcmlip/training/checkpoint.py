@@ -41,7 +41,7 @@ class Checkpoint:
 
 
 def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
-    """Write `folder`/step_XXXXXXXX: temporary folder, hashes, fsync, rename. Raises OSError and then leaves nothing."""
+    """Write `folder`/step_NNNNNNNN: temporary folder, hashes, fsync, rename. Raises OSError and then leaves nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(f"{_TEMPORARY}*"):  # of a job that was killed; the run directory is locked by this one
         shutil.rmtree(rest)
