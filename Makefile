@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lock clean
+.PHONY: help demo test soak lint lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -65,6 +65,11 @@ demo: $(VENV)/installed ## shard the sample, train a single- and a multi-fidelit
 test: $(VENV)/tested ## all tests; ARGS="-k loader" for some of them
 	@PATH="$$PATH:/usr/sbin:/sbin" command -v slurmctld > /dev/null || echo "make test: Slurm is not installed (Debian, Ubuntu: apt install slurm-wlm), the tests that start it are left out and listed at the end"
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/tested ## every fault of docs/reliability.md at full counts, hours; stop it and start it again as you like
+	@$(BIN)/python -m pytest tests --soak soak/record.jsonl $(ARGS) && code=0 || code=$$?
+	$(BIN)/python tests/soak.py soak/record.jsonl docs/reliability.md
+	exit $$code
 
 lint: $(VENV)/tested ## ruff
 	@$(BIN)/python -m ruff check .

@@ -16,6 +16,8 @@ import pytest
 
 from hpcmlip import configs
 
+pytest_plugins = ["soak", "runs"]
+
 # before any test module imports torch or DeepSpeed; processes that tests start inherit them
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

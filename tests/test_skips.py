@@ -18,7 +18,8 @@ SKIPS = {
 
 @pytest.mark.parametrize("required", ["1", "0"])
 def test_skips(tmp_path, required):
-    shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
+    for name in ("conftest.py", "soak.py", "runs.py"):
+        shutil.copy(Path(__file__).parent / name, tmp_path)
     for kind, text in SKIPS.items():
         (tmp_path / f"test_{kind}.py").write_text(text + "def test_other():\n    pass\n")
     done = subprocess.run(

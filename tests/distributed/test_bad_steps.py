@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from leftovers import RunDir
+from runs import RunDir
 
 from hpcmlip.data import store as stores
 

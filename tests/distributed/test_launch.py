@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from leftovers import RunDir
+from runs import RunDir
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -51,7 +51,7 @@ def test_a_rank_that_hangs_ends_the_run(write_run, mpirun, tmp_path):
         *(2, "train", config, "--run-dir", run_dir.path),
         when=lambda: 3 in run_dir.steps(),
         send=signal.SIGSTOP,
-        to=1,
+        to=[0],
     )
     assert ended.returncode not in (0, 75)
     assert "lost contact with another rank" in ended.output and "Traceback" not in ended.output, ended.output

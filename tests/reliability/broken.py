@@ -1,0 +1,35 @@
+"""`python broken.py MECHANISM ARGUMENTS...`: hpcmlip with one mechanism broken, for the controls of fault tests."""
+
+import sys
+
+
+def moments() -> None:
+    """A resumed run begins with fresh optimizer moments."""
+    from hpcmlip.training.engine import MOMENTS, Engine
+
+    restore = Engine.restore_state
+
+    def without(self, state, updates):
+        restore(self, state | {key: {n: t * 0 for n, t in state[key].items()} for key in MOMENTS}, updates)
+
+    Engine.restore_state = without
+
+
+def position() -> None:
+    """A resumed run begins its epoch again."""
+    import dataclasses
+
+    from hpcmlip.training.records import Records
+
+    resume = Records.resume
+    Records.resume = lambda self: dataclasses.replace(resume(self), step_in_epoch=0)
+
+
+BROKEN = {function.__name__: function for function in (moments, position)}
+
+
+if __name__ == "__main__":
+    BROKEN[sys.argv.pop(1)]()
+    from hpcmlip.cli import main
+
+    main()

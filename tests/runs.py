@@ -1,0 +1,185 @@
+"""Training runs that tests start, disturb and continue, and what these leave behind."""
+
+import copy
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+MPIRUN = [str(Path(sys.executable).with_name("mpirun")), "--oversubscribe", "-n"]
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+RUN = {
+    "name": "t",
+    "data": {"levels": {"dz": "EF", "cc": "E"}, "pairs_per_batch": 1250},
+    "model": {"kind": "hipnn", "lmax": 1, "features": 8, "interactions": 1, "cutoff": 6.5},
+    "optim": {"lr": 2.0e-3, "ema_decay": 0.9, "schedule": {"kind": "cosine", "warmup_steps": 5}},
+    "train": {"epochs": 2, "micro_batches_per_step": 2, "checkpoint_minutes": 60.0, "checkpoint_steps": 3},
+    "engine": {"device": "cpu", "timeout_minutes": 2.0},
+}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """What a run left behind."""
+
+    path: Path
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step_")) for path in (self.path / "checkpoints").glob("step_*"))
+
+    def newest(self) -> Path:
+        """Folder of the newest checkpoint."""
+        return self.path / "checkpoints" / f"step_{self.steps()[-1]:08d}"
+
+    def state(self) -> dict:
+        """JSON state of the newest checkpoint."""
+        return json.loads((self.newest() / "state.json").read_text())
+
+    def tensors(self) -> dict:
+        """{(file, parameter): tensor} of the newest checkpoint."""
+        import safetensors.torch
+
+        files = {path.stem: safetensors.torch.load_file(path) for path in self.newest().glob("*.safetensors")}
+        return {(stem, name): tensor for stem, group in files.items() for name, tensor in group.items()}
+
+    def metrics(self, kind: str) -> list[dict]:
+        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["kind"] == kind]
+
+    def model_hash(self) -> str:
+        return hashlib.sha256((self.path / "model.safetensors").read_bytes()).hexdigest()
+
+    def log(self) -> str:
+        return (self.path / "log.txt").read_text()
+
+
+def differences(found: RunDir, expected: RunDir) -> list[str]:
+    """In what a finished run differs from another, bit for bit; empty where it does not."""
+    import torch
+
+    ours, theirs = found.tensors(), expected.tensors()
+    different = [f"checkpoint {name}" for name in ours.keys() ^ theirs.keys()]
+    common = ours.keys() & theirs.keys()
+    different += [f"checkpoint {name}" for name in common if not torch.equal(ours[name], theirs[name])]
+    if found.state()["progress"] != expected.state()["progress"]:
+        different.append("progress")
+    if found.model_hash() != expected.model_hash():
+        different.append("model")
+    for kind in ("train", "validation"):
+        # each step once, and with the same numbers
+        fields = ("step", "epoch", "loss", "lr", "objective", "levels")
+        told = [[{f: m.get(f) for f in fields} for m in run.metrics(kind)] for run in (found, expected)]
+        different += [f"metrics of {kind}"] if told[0] != told[1] else []
+    return different
+
+
+@dataclass(frozen=True)
+class Ended:
+    returncode: int
+    output: str
+    seconds: float
+    was_hit: bool
+    """The signal was sent before it ended by itself."""
+
+
+@pytest.fixture(scope="session")
+def run_values() -> dict:
+    """RUN.yaml without its stores, as plain values."""
+    return copy.deepcopy(RUN)
+
+
+@pytest.fixture(scope="session")
+def write_run(ab_initio_store):
+    """`write_run(folder, **sections)` -> path of a RUN.yaml whose sections are updated with these."""
+
+    def write(folder: Path, *, store: Path = ab_initio_store, **sections) -> Path:
+        values = {key: {**RUN[key], **sections.get(key, {})} if isinstance(RUN[key], dict) else RUN[key] for key in RUN}
+        values["data"]["stores"] = [str(store)]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "run.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def mpirun():
+    """`mpirun(ranks, *arguments, when=None, after=None, send=None, to=None, env=None, timeout=180, program=...)`.
+
+    `hpcmlip` (or another Python `program`) under mpirun -> Ended. As soon as `when()` is true, or `after` so many
+    seconds, the ranks `to` (None: all) get the signal `send`.
+    """
+
+    def run(
+        ranks: int,
+        *arguments,
+        when: Callable[[], bool] | None = None,
+        after: float | None = None,
+        send: signal.Signals | None = None,
+        to: Sequence[int] | None = None,
+        env: dict[str, str] | None = None,
+        timeout: float = 180,
+        program: Sequence[str] = ("-m", "hpcmlip"),
+    ) -> Ended:
+        command = [*MPIRUN, str(ranks), sys.executable, *program, *map(str, arguments)]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            env=os.environ | AS_ROOT | (env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        was_hit = False
+        try:
+            if when is not None:
+                was_hit = _send_when(process, when, ranks, send, to)
+                assert was_hit, f"ended before the signal:\n{process.communicate()[0]}"
+            elif after is not None:
+                was_hit = _send_when(process, lambda: time.monotonic() - began >= after, ranks, send, to)
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            for member in ranks_of(process):
+                member.kill()
+            process.kill()
+        return Ended(process.returncode, output, time.monotonic() - began, was_hit)
+
+    return run
+
+
+def _send_when(process, when: Callable[[], bool], ranks: int, number: signal.Signals, to: Sequence[int] | None) -> bool:
+    """Wait and send; False if the program ended first."""
+    deadline = time.monotonic() + 120
+    while not when() or len(ranks_of(process)) < ranks:
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "never came so far"
+        time.sleep(0.005)
+    members = ranks_of(process)
+    for i, member in enumerate(members):
+        if to is None or i in to:
+            try:
+                member.send_signal(number)
+            except psutil.NoSuchProcess:
+                return False
+    return True
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes below an mpirun, in the order of their start."""
+    try:
+        return sorted(psutil.Process(process.pid).children(), key=lambda member: member.pid)
+    except psutil.NoSuchProcess:
+        return []
