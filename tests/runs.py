@@ -115,10 +115,10 @@ def write_run(ab_initio_store):
 
 @pytest.fixture(scope="session")
 def mpirun():
-    """`mpirun(ranks, *arguments, when=None, after=None, send=None, to=None, env=None, timeout=180, program=...)`.
+    """`mpirun(ranks, *arguments, when=None, after=None, send=None, to=None, act=None, env=None, timeout=180)` -> Ended.
 
-    `hpcmlip` (or another Python `program`) under mpirun -> Ended. As soon as `when()` is true, or `after` so many
-    seconds, the ranks `to` (None: all) get the signal `send`.
+    `hpcmlip`, or another Python `program`, under mpirun. As soon as `when()` is true, or `after` so many
+    seconds, the ranks `to` (None: all) get the signal `send`, or `act` is called with the processes of all ranks.
     """
 
     def run(
@@ -128,12 +128,14 @@ def mpirun():
         after: float | None = None,
         send: signal.Signals | None = None,
         to: Sequence[int] | None = None,
+        act: Callable[[list[psutil.Process]], None] | None = None,
         env: dict[str, str] | None = None,
         timeout: float = 180,
         program: Sequence[str] = ("-m", "hpcmlip"),
     ) -> Ended:
         command = [*MPIRUN, str(ranks), sys.executable, *program, *map(str, arguments)]
         began = time.monotonic()
+        act = act or (lambda members: [member.send_signal(send) for member in (members[i] for i in to or range(ranks))])
         process = subprocess.Popen(
             command,
             env=os.environ | AS_ROOT | (env or {}),
@@ -145,10 +147,10 @@ def mpirun():
         was_hit = False
         try:
             if when is not None:
-                was_hit = _send_when(process, when, ranks, send, to)
+                was_hit = _act_when(process, when, ranks, act)
                 assert was_hit, f"ended before the signal:\n{process.communicate()[0]}"
             elif after is not None:
-                was_hit = _send_when(process, lambda: time.monotonic() - began >= after, ranks, send, to)
+                was_hit = _act_when(process, lambda: time.monotonic() - began >= after, ranks, act)
             output, _ = process.communicate(timeout=timeout)
         finally:
             for member in ranks_of(process):
@@ -159,21 +161,18 @@ def mpirun():
     return run
 
 
-def _send_when(process, when: Callable[[], bool], ranks: int, number: signal.Signals, to: Sequence[int] | None) -> bool:
-    """Wait and send; False if the program ended first."""
+def _act_when(process: subprocess.Popen, when: Callable[[], bool], ranks: int, act: Callable) -> bool:
+    """Wait and act; False if the program ended first."""
     deadline = time.monotonic() + 120
     while not when() or len(ranks_of(process)) < ranks:
         if process.poll() is not None:
             return False
         assert time.monotonic() < deadline, "never came so far"
         time.sleep(0.005)
-    members = ranks_of(process)
-    for i, member in enumerate(members):
-        if to is None or i in to:
-            try:
-                member.send_signal(number)
-            except psutil.NoSuchProcess:
-                return False
+    try:
+        act(ranks_of(process))
+    except (psutil.NoSuchProcess, IndexError):
+        return False
     return True
 
 
