@@ -4,12 +4,15 @@
 
 PYTHON ?= python3
 RANKS ?= 2
+JOBS ?= 2
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 HPCMLIP := $(BIN)/python -m hpcmlip
+# a file of tests stays together, for what its tests share; the slow ones come first (tests/conftest.py)
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
 
 # mpirun and torchrun come as wheels
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -23,7 +26,7 @@ SHELL := /bin/bash
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
-	echo "  Variables: PYTHON=$(PYTHON)  RANKS=$(RANKS) (processes a member)  ARGS= (for pytest)"
+	echo "  Variables: PYTHON=$(PYTHON)  RANKS=$(RANKS) (processes a member)  JOBS=$(JOBS) (tests at a time; 0 shows their prints)  ARGS= (for pytest)"
 
 # --------------------------------------------------------------------------------------------------- environment
 
@@ -64,10 +67,10 @@ demo: $(VENV)/installed ## shard the sample, train a single- and a multi-fidelit
 
 test: $(VENV)/tested ## all tests; ARGS="-k loader" for some of them
 	@PATH="$$PATH:/usr/sbin:/sbin" command -v slurmctld > /dev/null || echo "make test: Slurm is not installed (Debian, Ubuntu: apt install slurm-wlm), the tests that start it are left out and listed at the end"
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 soak: $(VENV)/tested ## every fault of docs/reliability.md at full counts, hours; stop it and start it again as you like
-	@$(BIN)/python -m pytest tests --soak soak/record.jsonl $(ARGS) && code=0 || code=$$?
+	@$(PYTEST) --soak soak/record.jsonl $(ARGS) && code=0 || code=$$?
 	$(BIN)/python tests/soak.py soak/record.jsonl docs/reliability.md
 	exit $$code
 

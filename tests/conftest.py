@@ -148,6 +148,12 @@ def _text(command) -> str:
     return " ".join(str(part) for part in command)
 
 
+def pytest_collection_modifyitems(items):
+    """What waits for other programs first: it would be a long tail where tests run side by side."""
+    slow = ("slurm", "distributed")
+    items.sort(key=lambda item: next((i for i, mark in enumerate(slow) if item.get_closest_marker(mark)), len(slow)))
+
+
 # ------------------------------------------------------------------------------------------------------ skipped tests
 
 
