@@ -99,6 +99,9 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="--forecast: machine-readable.")] = False,
 ):
     """Train; alone or under torchrun, srun, mpirun. Continues by itself if the run directory holds a checkpoint."""
+    from hpcmlip.training.stopping import Signals
+
+    signals = Signals().listen()  # before the imports that take seconds
     if json and not forecast:
         raise ConfigError("--json says how --forecast prints: give both; a run writes metrics.jsonl by itself")
     from hpcmlip.config import RunConfig, load
@@ -107,7 +110,12 @@ def train(
 
     config = load(RunConfig, run, overrides or ())
     run_dir = run_dir or Path("runs") / config.name
-    _leave(forecasting.forecast(config, run_dir, as_json=json) if forecast else loop.train(config, run_dir))
+    if forecast:
+        code = forecasting.forecast(config, run_dir, signals, as_json=json)
+    else:
+        code = loop.train(config, run_dir, signals)
+    signals.ignore()
+    _leave(code)
 
 
 @app.command()

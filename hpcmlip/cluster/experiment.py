@@ -13,7 +13,6 @@ evaluation/               of the dependent job
 
 import dataclasses
 import getpass
-import hashlib
 import json
 import socket
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from hpcmlip.config import RunConfig, changed, dump, load
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.files import write_atomic
-from hpcmlip.training.rundir import DONE, differing, fixed
+from hpcmlip.training.rundir import DONE, differing, finished, fixed
 
 SCHEMA = 2
 RECORD = "experiment.json"
@@ -108,13 +107,11 @@ class Experiment:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run ended by itself and its weights are still those it ended with."""
+    """Whether a run ended by itself, and its config and its model are still those it ended with."""
     try:
-        done = json.loads((run_dir / DONE).read_text())
-        weights = hashlib.sha256((run_dir / "model.safetensors").read_bytes()).hexdigest()
-    except (OSError, ValueError):
+        return finished(run_dir) is not None
+    except UserError:
         return False
-    return done.get("state") == "finished" and done.get("weights_sha256") == weights
 
 
 def open_experiment(folder: Path) -> Experiment:

@@ -26,6 +26,7 @@ SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 _TEMPORARY = ".tmp-"
+_ASIDE = f"{_TEMPORARY}old-"
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """File stem ("master", "exp_avg", ...) -> parameter name -> tensor."""
@@ -55,7 +56,7 @@ def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
             files.write(temporary / file, content)
         files.write(temporary / MANIFEST, json.dumps(_manifest(contents), indent=1).encode())
         files.flush(temporary)
-        aside = folder / f"{_TEMPORARY}old-{final.name}"
+        aside = folder / f"{_ASIDE}{final.name}"
         if final.exists():  # the same step again, at the end of a run or after a resume from an older one
             final.rename(aside)
         temporary.rename(final)
@@ -63,8 +64,18 @@ def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        mend(folder)
         raise
     return final
+
+
+def mend(folder: Path) -> None:
+    """Put back a checkpoint that a killed job had put aside and not yet replaced; call it before any other."""
+    for aside in folder.glob(f"{_ASIDE}*"):
+        final = folder / aside.name.removeprefix(_ASIDE)
+        if not final.exists():
+            aside.rename(final)
+            files.flush(folder)
 
 
 def _manifest(contents: Mapping[str, bytes]) -> dict:
@@ -129,10 +140,16 @@ def _verified(path: Path, entry: Mapping) -> bytes:
     return content
 
 
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and that of step `best`."""
-    for step in steps(folder)[:-keep]:
-        if step != best:
+def prune(folder: Path, step: int, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, the one just written, and that of step `best`.
+
+    Those of later steps did not verify when the run went on from before them; counted as the newest they would push
+    out sound ones.
+    """
+    found = steps(folder)
+    kept = {best, *[s for s in found if s <= step][-keep:]}
+    for old in found:
+        if old not in kept:
             # a folder that cannot be removed costs space, not the run
             with contextlib.suppress(OSError):
-                shutil.rmtree(folder / name(step))
+                shutil.rmtree(folder / name(old))

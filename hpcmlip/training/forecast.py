@@ -18,12 +18,12 @@ from hpcmlip.errors import EXIT_FAILED, ConfigError
 from hpcmlip.training import memory, probe, setup
 from hpcmlip.training.extrapolation import Cost, Range, num_validations, run_seconds, validation_seconds
 from hpcmlip.training.loop import Training
-from hpcmlip.training.stopping import StopRequests
+from hpcmlip.training.stopping import Signals, StopRequests
 
 GB = 1e9
 
 
-def forecast(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
+def forecast(config: RunConfig, run_dir: Path, signals: Signals, *, as_json: bool) -> int:
     """Print time, hours and memory of the run; returns the exit code, 1 if it will not fit into memory.
 
     Under the same launcher as the run. Leaves nothing behind; a run that was begun counts from its beginning.
@@ -39,8 +39,7 @@ def forecast(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
         with dist.together("making a scratch folder"):
             scratch = Path(stack.enter_context(_scratch(folder))) if world.rank == 0 else None
         scratch = dist.broadcast(scratch)
-        requests = stack.enter_context(StopRequests(scratch))
-        training = Training(config, scratch, world, device, requests)
+        training = Training(config, scratch, world, device, StopRequests(signals, scratch))
         stack.callback(training.loader.close)
         start_up = time.time() - psutil.Process().create_time()
         measured = probe.run(training)

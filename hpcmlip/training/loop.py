@@ -7,7 +7,8 @@ every branch together; everything that enters the numbers follows from the confi
 import dataclasses
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from hpcmlip.training.objective import Objective
 from hpcmlip.training.records import Progress, Records
 from hpcmlip.training.reporting import Reporter, note_failure, set_up_logging
 from hpcmlip.training.schedules import Position, is_exhausted, rate
-from hpcmlip.training.stopping import StopRequests
+from hpcmlip.training.stacks import Stacks
+from hpcmlip.training.stopping import Signals, StopRequests
 from hpcmlip.training.validation import validate
 
 log = logging.getLogger(__name__)
@@ -33,50 +35,92 @@ log = logging.getLogger(__name__)
 _SOURCES_NAMED = 10
 
 
-def train(config: RunConfig, run_dir: Path) -> int:
-    """Train to the end, or until asked to stop; returns the exit code: 0 finished, 75 stopped with a checkpoint.
+def train(config: RunConfig, run_dir: Path, signals: Signals) -> int:
+    """Train to the end, or until asked to stop; returns the exit code: 0 finished, 75 stopped and resumable.
 
     Continues from the newest sound checkpoint in `run_dir`. Raises UserError for what the user can act on.
     """
     world = dist.detect()
     setup.check_ranks(config, world)
     device = setup.choose_device(config.engine.device, world)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        set_up_logging(run_dir, world.rank)
-    except OSError as error:
-        raise ConfigError(f"cannot write into {run_dir} ({error.strerror}); give another --run-dir") from None
     with ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            set_up_logging(run_dir, world.rank)
+            stacks = stack.enter_context(Stacks(run_dir, world.rank, seconds=60 * config.engine.timeout_minutes))
+        except OSError as error:
+            raise ConfigError(f"cannot write into {run_dir} ({error.strerror}); give another --run-dir") from None
         stack.push(lambda kind, error, trace: note_failure(error) if error else None)
-        requests = stack.enter_context(StopRequests(run_dir))
+        stack.enter_context(_contact(world, stacks))
         dist.start(world, folder=run_dir, device=device, timeout_minutes=config.engine.timeout_minutes)
         stack.callback(dist.stop)
         dist.share_cores()
         with dist.together("opening the run directory"):
-            directory = rundir.RunDirectory(run_dir, config)
-            finished = stack.enter_context(directory).finished if world.rank == 0 else None
+            finished = None
+            if world.rank == 0:
+                finished = stack.enter_context(rundir.RunDirectory(run_dir, config)).finished
+                checkpoint.mend(run_dir / rundir.CHECKPOINTS)
         finished = dist.broadcast(finished)
         if finished:
             log.info("%s is finished already: %s after step %d", run_dir, finished["reason"], finished["step"])
             return 0
-        try:
-            code = Training(config, run_dir, world, device, requests).run()
-            # launchers take the first process to leave with 75 for a failure and end the others
-            dist.barrier()
-            return code
-        except RuntimeError as error:
-            if dist.is_lost_contact(error):
-                raise RunError(
-                    f"rank {world.rank} lost contact with another rank, whose own message tells why ({error})"
-                ) from error
+        stacks.clear()
+        requests = StopRequests(signals, run_dir, seconds_left=_seconds_left(world))
+        code = EXIT_RESUMABLE
+        if not _leaves_before_the_first_step(requests, world):
+            code = Training(config, run_dir, world, device, requests, rearm=stacks.rearm).run()
+        # launchers take the first process to leave with 75 for a failure and end the others
+        dist.barrier()
+        return code
+
+
+@contextmanager
+def _contact(world: World, stacks: Stacks) -> Iterator[None]:
+    """A collective that fails because of another rank ends this one with a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_lost_contact(error):
             raise
+        stacks.add(error)
+        raise RunError(
+            f"rank {world.rank} lost contact with another rank, whose own message tells why; if that one hangs, see "
+            f"{stacks.folder}, where the file of a rank that is stopped or gone is empty ({error})"
+        ) from error
+
+
+def _seconds_left(world: World) -> float | None:
+    """Until the job ends, as rank 0 sees it: clocks of machines differ."""
+    end = dist.job_end() if world.rank == 0 else None
+    return dist.broadcast(None if end is None else end - time.time())
+
+
+def _leaves_before_the_first_step(requests: StopRequests, world: World) -> bool:
+    """Has a rank been asked to stop while all were starting up? A collective."""
+    requests.is_requested(look_for_file=world.rank == 0)
+    reason = next(filter(None, dist.gather(requests.reason)), "")
+    if reason:
+        log.info("stopped on request (%s) before the first step of this start; start again to go on", reason)
+        if world.rank == 0:
+            requests.forget_file()
+    return bool(reason)
 
 
 class Training:
     """What a run consists of, and its steps in order."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, world: World, device: torch.device, requests: StopRequests):
-        self.config, self.run_dir, self.world, self.requests = config, run_dir, world, requests
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        world: World,
+        device: torch.device,
+        requests: StopRequests,
+        *,
+        rearm: Callable[[], None] = lambda: None,
+    ):
+        """`rearm` is called wherever the run is seen to move."""
+        self.config, self.run_dir, self.world, self.requests, self._rearm = config, run_dir, world, requests, rearm
         goes_on = dist.broadcast(bool(checkpoint.steps(run_dir / rundir.CHECKPOINTS)))
         with dist.together("opening the data"):
             self.dataset = Dataset.open(config.data.stores, config.data.levels)
@@ -95,6 +139,9 @@ class Training:
 
     def run(self) -> int:
         self.progress = self.records.resume()
+        if _leaves_before_the_first_step(self.requests, self.world):
+            self.loader.close()
+            return EXIT_RESUMABLE
         self._say_what_runs()
         reporter = Reporter(
             self.run_dir,
@@ -112,7 +159,10 @@ class Training:
             if self.world.rank == 0:
                 self.requests.forget_file()
             self._save()
-            log.info("stopped at step %d on request, with a checkpoint; start again to go on", self.progress.step)
+            asked = ", ".join(dict.fromkeys(filter(None, dist.gather(self.requests.reason))))
+            log.info(
+                "stopped at step %d on request (%s), with a checkpoint; start again to go on", self.progress.step, asked
+            )
             return EXIT_RESUMABLE
         self.records.finish(self.progress, reason)
         return 0
@@ -135,6 +185,7 @@ class Training:
         epoch, first = self.progress.epoch, self.progress.step_in_epoch
         steps = self.loader.steps(epoch)
         waited = self.loader.waited
+        began = time.monotonic()
         for micro_batches in self.loader.batches(epoch, first):
             lr = self._rate(steps)
             result = self.engine.step(micro_batches, lr, self._flags(micro_batches))
@@ -152,12 +203,14 @@ class Training:
             else:
                 self._report_bad_step(micro_batches, reporter)
             waited = self.loader.waited
+            self.requests.took(step=time.monotonic() - began)
             if asked_to_stop:
                 reporter.flush()
                 return False
             if save_now:
                 reporter.flush()
                 self._save()
+            began = time.monotonic()
         return True
 
     def _rate(self, steps: int) -> float:
@@ -172,6 +225,7 @@ class Training:
 
     def _flags(self, micro_batches: list[MicroBatch]) -> tuple[float, float, float]:
         """(asked to stop, checkpoint due, structures): what the ranks tell each other with every step."""
+        self._rearm()
         is_first, train = self.world.rank == 0, self.config.train
         due = time.monotonic() - self.saved_at >= 60 * train.checkpoint_minutes
         due = due or (train.checkpoint_steps > 0 and (self.progress.step + 1) % train.checkpoint_steps == 0)
@@ -213,8 +267,11 @@ class Training:
         return f"{self.dataset.stores[store].meta.sources[file].name}, group {group}, row {row}"
 
     def _save(self) -> None:
+        began = time.monotonic()
         self.records.save(self.progress)
         self.saved_at = time.monotonic()
+        self.requests.took(save=self.saved_at - began)
+        self._rearm()
 
     # -------------------------------------------------------------------------------------------------- validation
 
@@ -232,7 +289,7 @@ class Training:
                 self.dataset,
                 self.config,
                 self.world,
-                is_stopping=lambda: self.requests.is_requested(look_for_file=False),
+                is_stopping=self._is_stopping,
             )
             if result is None:
                 return ""
@@ -255,6 +312,10 @@ class Training:
             reporter.flush()
             self._save()
         return self._why_stop()
+
+    def _is_stopping(self) -> bool:
+        self._rearm()
+        return self.requests.is_requested(look_for_file=self.world.rank == 0)
 
     def _why_stop(self) -> str | None:
         plateau, train = self.progress.plateau, self.config.train

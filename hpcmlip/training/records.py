@@ -15,8 +15,7 @@ from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.dist import World
 from hpcmlip.errors import RunError
-from hpcmlip.files import write_atomic
-from hpcmlip.models.export import CARD, save_model
+from hpcmlip.models.export import save_model
 from hpcmlip.training import checkpoint, rundir
 from hpcmlip.training.average import Average
 from hpcmlip.training.engine import Engine
@@ -53,9 +52,13 @@ class Records:
         self._config, self._run_dir, self._world = config, run_dir, world
         self._dataset, self._engine, self._average = dataset, engine, average
         self._checkpoints = run_dir / rundir.CHECKPOINTS
+        self._saved: Progress | None = None
+        self._restarts = 0
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint of this step boundary."""
+        """Write a checkpoint of this step boundary, if there is none yet."""
+        if progress == self._saved:
+            return
         tensors = self._engine.gather_state()
         if self._average.tensors:
             tensors["average"] = {name: tensor.cpu() for name, tensor in self._average.tensors.items()}
@@ -67,13 +70,25 @@ class Records:
             "data": self._data(),
             "config": json.loads(self._config.model_dump_json()),
             "versions": _versions(),
+            "restarts": self._restarts,
             "written_by": {"ranks": self._world.size, "zero_stage": self._config.engine.zero_stage},
         }
         with dist.together("writing the checkpoint"):
             if self._world.rank == 0:
-                checkpoint.write(self._checkpoints, progress.step, state, tensors)
-                best = progress.best["step"] if progress.best else None
-                checkpoint.prune(self._checkpoints, self._config.train.keep_checkpoints, best)
+                self._write(progress, state, tensors)
+        self._saved = progress
+
+    def _write(self, progress: Progress, state: dict, tensors: checkpoint.Tensors) -> None:
+        try:
+            checkpoint.write(self._checkpoints, progress.step, state, tensors)
+        except OSError as error:
+            size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+            raise RunError(
+                f"the checkpoint of step {progress.step} ({size / 1e6:.1f} MB) cannot be written into "
+                f"{self._checkpoints} ({error.strerror}): make room there and start again, older ones are whole"
+            ) from error
+        best = progress.best["step"] if progress.best else None
+        checkpoint.prune(self._checkpoints, progress.step, self._config.train.keep_checkpoints, best)
 
     def resume(self) -> Progress:
         """Set weights, moments and averages from the newest sound checkpoint, if there is one; where to go on from."""
@@ -87,6 +102,8 @@ class Records:
                 if self._config.transfer is not None:
                     self._engine.objective.potential.load_state_dict(found.tensors["constants"], strict=False)
                 self._average.restore(found.tensors.get("average", {}), found.state["average_updates"])
+                self._restarts = found.state.get("restarts", 0) + 1
+                self._saved = progress
                 log.info("going on from %s", found.path)
         with dist.together("opening the metrics"):
             if self._world.rank == 0:
@@ -116,7 +133,18 @@ class Records:
         card = {"best": progress.best, "data": self._data(), "versions": _versions()}
         with dist.together("writing the model"):
             if self._world.rank == 0:
-                save_model(self._run_dir, self._engine.objective.potential, config=self._config, card=card)
+                self._save_model(card)
+
+    def _save_model(self, card: dict) -> None:
+        potential = self._engine.objective.potential
+        try:
+            save_model(self._run_dir, potential, config=self._config, card=card)
+        except OSError as error:
+            size = sum(tensor.nbytes for tensor in potential.state_dict().values())
+            raise RunError(
+                f"the model ({size / 1e6:.1f} MB) cannot be written into {self._run_dir} ({error.strerror}): "
+                "make room there and start again"
+            ) from error
 
     def finish(self, progress: Progress, reason: str) -> None:
         """Last checkpoint and the record of the end. Raises RunError if there is no model to show for it."""
@@ -127,10 +155,8 @@ class Records:
         self.save(progress)
         with dist.together("writing the record of the end"):
             if self._world.rank == 0:
-                weights = json.loads((self._run_dir / CARD).read_text())["weights_sha256"]
-                record = {"state": "finished", "reason": reason, "step": progress.step}
-                record |= {"best": progress.best, "weights_sha256": weights}
-                write_atomic(self._run_dir / rundir.DONE, json.dumps(record, indent=1))
+                record = {"reason": reason, "step": progress.step, "best": progress.best, "restarts": self._restarts}
+                rundir.write_end(self._run_dir, record | {"data": self._data(), "versions": _versions()})
         best = progress.best
         log.info("finished: %s; best validation %.5g at step %d", reason, best["objective"], best["step"])
 

@@ -1,6 +1,7 @@
 """The run directory: one job at a time, one config, one record of the end."""
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -10,11 +11,13 @@ from hpcmlip import dist
 from hpcmlip.config import RunConfig, dump, flat, read_yaml
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.files import write_atomic
+from hpcmlip.models.export import CARD, WEIGHTS
 
 CONFIG = "config.yaml"
 DONE = "done.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+_REMEDY = "restore it from a copy, or remove the run directory to train again"
 
 MAY_CHANGE = (
     "engine.",
@@ -79,13 +82,51 @@ class RunDirectory:
 
     @property
     def finished(self) -> dict | None:
-        """The record of a finished run, if this is one."""
-        try:
-            return json.loads((self.path / DONE).read_text())
-        except FileNotFoundError:
+        """As `finished`."""
+        return finished(self.path)
+
+
+def write_end(run_dir: Path, record: dict) -> None:
+    """Leave the record of the end: what the run tells, with the hashes of its config and of the model it exported."""
+    card = json.loads((run_dir / CARD).read_text())
+    hashes = {"config_sha256": _config_hash(run_dir), "weights_sha256": card["weights_sha256"]}
+    write_atomic(run_dir / DONE, json.dumps({"state": "finished", **record, **hashes}, indent=1))
+
+
+def finished(run_dir: Path) -> dict | None:
+    """The record of a run that ended by itself; None if it has not.
+
+    Raises RunError if the config or the model beside it are no longer those it ended with.
+    """
+    try:
+        record = json.loads((run_dir / DONE).read_text())
+        if record["state"] != "finished":
             return None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / DONE} cannot be read ({error}): remove it to let the run go on") from None
+        expected = {CONFIG: record["config_sha256"], WEIGHTS: record["weights_sha256"], CARD: record["weights_sha256"]}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{run_dir / DONE} cannot be read ({type(error).__name__}: {error}): remove it to let the run go on"
+        ) from None
+    try:
+        found = {
+            CONFIG: _config_hash(run_dir),
+            WEIGHTS: hashlib.sha256((run_dir / WEIGHTS).read_bytes()).hexdigest(),
+            CARD: json.loads((run_dir / CARD).read_text())["weights_sha256"],
+        }
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"the finished run {run_dir} is damaged ({error}): {_REMEDY}") from None
+    changed = [name for name in expected if found[name] != expected[name]]
+    if changed:
+        raise RunError(f"{run_dir / changed[0]} is not what the run ended with (its hash differs): {_REMEDY}")
+    return record
+
+
+def _config_hash(run_dir: Path) -> str:
+    """Of the settings that make the run what it is."""
+    settings = json.dumps(fixed(read_yaml(run_dir / CONFIG)), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()
 
 
 def differing(old: dict, new: dict) -> list[str]:

@@ -57,13 +57,13 @@ def test_a_rank_that_hangs_ends_the_run(write_run, mpirun, tmp_path):
     assert "lost contact with another rank" in ended.output and "Traceback" not in ended.output, ended.output
 
 
-def test_a_stop_file_stops_before_the_next_step_and_is_removed(write_run, cli, tmp_path):
+def test_a_stop_file_stops_before_the_first_step_and_is_removed(write_run, cli, tmp_path):
     config, run_dir = write_run(tmp_path, train={"epochs": 1}), tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "STOP").touch()
     ended = cli("train", config, "--run-dir", run_dir, expect=75)
-    assert "stopped at step 1 on request" in ended.stderr
-    assert RunDir(run_dir).steps() == [1] and not (run_dir / "STOP").exists()
+    assert "stopped on request (the file STOP) before the first step" in ended.stderr
+    assert not RunDir(run_dir).steps() and not (run_dir / "STOP").exists() and not (run_dir / "stacks").exists()
     assert cli("train", config, "--run-dir", run_dir).returncode == 0
     steps = [line["step"] for line in RunDir(run_dir).metrics("train")]
     assert steps == list(range(1, len(steps) + 1)) and (run_dir / "done.json").exists()

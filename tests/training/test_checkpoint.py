@@ -94,7 +94,17 @@ def test_what_a_killed_job_left_is_removed_and_never_read(tmp_path):
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     fill(tmp_path, range(1, 8))
-    checkpoint.prune(tmp_path, 2, best=3)
+    checkpoint.prune(tmp_path, 7, keep=2, best=3)
     assert checkpoint.steps(tmp_path) == [3, 6, 7]
-    checkpoint.prune(tmp_path, 2, best=None)
+    checkpoint.prune(tmp_path, 7, keep=2, best=None)
     assert checkpoint.steps(tmp_path) == [6, 7]
+
+
+def test_damaged_later_ones_do_not_push_out_the_sound_ones(tmp_path):
+    fill(tmp_path, (3, 6, 9))
+    for step in (6, 9):
+        flip_a_bit(tmp_path / checkpoint.name(step) / "master.safetensors")
+    assert checkpoint.newest(tmp_path).state["step"] == 3
+    fill(tmp_path, [5])
+    checkpoint.prune(tmp_path, 5, keep=2, best=None)
+    assert checkpoint.steps(tmp_path) == [3, 5] and checkpoint.newest(tmp_path).state["step"] == 5

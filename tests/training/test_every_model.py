@@ -13,8 +13,9 @@ from hpcmlip.config import RunConfig, load
 from hpcmlip.errors import DataError
 from hpcmlip.evaluation.ensemble import evaluate
 from hpcmlip.models.export import load_model
+from hpcmlip.training.engine import Engine
 from hpcmlip.training.loop import train
-from hpcmlip.training.stopping import STOP_FILE
+from hpcmlip.training.stopping import STOP_FILE, Signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def small_settings(kind: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", plugins.names("models"))
-def test_train_stop_continue_evaluate(kind, ab_initio_store, make_config, tmp_path):
+def test_train_stop_continue_evaluate(kind, ab_initio_store, make_config, monkeypatch, tmp_path):
     config = make_config(
         data={"stores": [str(ab_initio_store)], "levels": {"dz": "EF", "cc": "E"}, "pairs_per_batch": 4000},
         model=small_settings(kind),
@@ -36,13 +37,18 @@ def test_train_stop_continue_evaluate(kind, ab_initio_store, make_config, tmp_pa
         engine={"device": "cpu", "zero_stage": 2},
     )
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    assert train(config, alone) == 0
-    stopped.mkdir()
-    (stopped / STOP_FILE).touch()
-    assert train(config, stopped) == 75
+    assert train(config, alone, Signals()) == 0
+
+    def step(self, *arguments, original=Engine.step):
+        (stopped / STOP_FILE).touch()
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        assert train(config, stopped, Signals()) == 75
     steps = [int(path.name.removeprefix("step_")) for path in (stopped / "checkpoints").glob("step_*")]
-    assert steps == [1]
-    assert train(config, stopped) == 0
+    assert steps == [2]
+    assert train(config, stopped, Signals()) == 0
     weights = [load_model(run)[0].state_dict() for run in (alone, stopped)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     evaluate([stopped], ab_initio_store, split="test", out=tmp_path / "out", unit="kcal/mol")
@@ -60,7 +66,7 @@ def test_direct_forces_are_those_of_the_levels_trained_on_forces(labels, ab_init
         train={"epochs": 1, "micro_batches_per_step": 2},
         engine={"device": "cpu", "zero_stage": 2},
     )
-    assert train(config, tmp_path / "run") == 0
+    assert train(config, tmp_path / "run", Signals()) == 0
     evaluate([tmp_path / "run"], ab_initio_store, split="test", out=tmp_path / "out", unit="kcal/mol")
     levels = json.loads((tmp_path / "out" / "metrics.json").read_text())["levels"]
     # the store has the labels, but an untrained output is nothing to compare them with

@@ -5,12 +5,13 @@ import pytest
 from hpcmlip.config import dump
 from hpcmlip.errors import DataError
 from hpcmlip.training.loop import train
+from hpcmlip.training.stopping import Signals
 
 
 def test_the_reason_stands_in_the_log(make_config, run_values, tmp_path):
     gone = run_values["data"] | {"stores": [str(tmp_path / "gone.zarr")]}
     with pytest.raises(DataError, match="there is no store"):
-        train(make_config(data=gone), tmp_path / "run")
+        train(make_config(data=gone), tmp_path / "run", Signals())
     last = (tmp_path / "run" / "log.txt").read_text().splitlines()[-1]
     assert " ERROR " in last and "there is no store" in last
 

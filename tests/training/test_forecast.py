@@ -15,7 +15,7 @@ from hpcmlip.errors import RunError
 from hpcmlip.training import forecast, memory, probe
 from hpcmlip.training.extrapolation import Cost, Range, num_validations, run_seconds, validation_seconds
 from hpcmlip.training.loop import train
-from hpcmlip.training.stopping import StopRequests
+from hpcmlip.training.stopping import Signals, StopRequests
 
 
 @pytest.fixture
@@ -209,12 +209,12 @@ def test_foretold_beside_a_run_as_it_then_goes(quick, make_config, tmp_path, cap
     """What can be counted is equal; a run that was begun is left as it was, and nothing else remains."""
     config = make_config(train={"epochs": 2, "patience": 3}, optim={"ema_decay": 0.9})
     run_dir = tmp_path / "mine"
-    assert forecast.forecast(config, run_dir, as_json=True) == 0
+    assert forecast.forecast(config, run_dir, Signals(), as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
-    assert train(config, run_dir) == 0
+    assert train(config, run_dir, Signals()) == 0
     before = _contents(tmp_path)
-    assert forecast.forecast(config, run_dir, as_json=False) == 0
+    assert forecast.forecast(config, run_dir, Signals(), as_json=False) == 0
     assert _contents(tmp_path) == before
     table = capsys.readouterr().out
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -248,7 +248,7 @@ def test_two_ranks_foretell_together(run_values, launch, tmp_path):
 def test_too_little_memory_is_exit_1(quick, make_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dist, "memory_limit", lambda: 10**6)
     config = make_config(train={"epochs": 1})
-    assert forecast.forecast(config, tmp_path / "mine", as_json=False) == 1
+    assert forecast.forecast(config, tmp_path / "mine", Signals(), as_json=False) == 1
     assert "will NOT fit" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -256,7 +256,7 @@ def test_too_little_memory_is_exit_1(quick, make_config, tmp_path, monkeypatch, 
 def test_a_request_to_stop_leaves_nothing(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(StopRequests, "is_requested", lambda *_, **__: True)
     with pytest.raises(RunError, match="stopped on request"):
-        forecast.forecast(make_config(), tmp_path / "mine", as_json=False)
+        forecast.forecast(make_config(), tmp_path / "mine", Signals(), as_json=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """One job in a run directory, one config; stop requests; what a resumed run keeps of its metrics."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,11 +11,12 @@ import textwrap
 import pytest
 import torch
 
+from hpcmlip.cluster.experiment import is_finished
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.training.average import Average
 from hpcmlip.training.reporting import truncate_metrics
-from hpcmlip.training.rundir import RunDirectory, differing
-from hpcmlip.training.stopping import StopRequests
+from hpcmlip.training.rundir import RunDirectory, differing, finished, write_end
+from hpcmlip.training.stopping import SIGNALS, SLACK_SECONDS, Signals, StopRequests, margin
 
 
 def test_a_second_job_is_turned_away_and_told_who_is_there(tmp_path, make_config):
@@ -48,40 +50,77 @@ def test_an_unreadable_record_of_the_end_is_an_error(tmp_path, make_config):
         _ = directory.finished
 
 
+@pytest.fixture
+def listening():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield Signals().listen()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_sets_a_flag_and_the_handlers_are_put_back(tmp_path, number):
-    before = signal.getsignal(number)
-    with StopRequests(tmp_path) as requests:
-        assert not requests.is_requested(look_for_file=True)
-        os.kill(os.getpid(), number)
-        assert requests.is_requested(look_for_file=False) and requests.reason == number.name
-        os.kill(os.getpid(), number)  # at once again, as torchrun passes on what the terminal has sent already
-    assert signal.getsignal(number) is before
+def test_a_signal_sets_a_flag(tmp_path, listening, number):
+    requests = StopRequests(listening, tmp_path)
+    assert not requests.is_requested(look_for_file=True)
+    os.kill(os.getpid(), number)
+    assert requests.is_requested(look_for_file=False) and requests.reason == number.name
+    os.kill(os.getpid(), number)  # at once again, as torchrun passes on what the terminal has sent already
 
 
-def test_the_same_signal_later_ends_the_process(tmp_path):
-    program = f"""
-        import os, signal, time, pathlib
+def test_a_forked_child_leaves_the_signal_to_its_parent():
+    program = """
+        import os, signal, time
+        from hpcmlip.training.stopping import Signals
+        signals = Signals().listen()
+        if os.fork() == 0:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2.2)
+            os._exit(0 if signals.first is None else 1)
+        print(os.waitstatus_to_exitcode(os.wait()[1]), signals.first)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.stdout == "0 None\n", done.stderr
+
+
+def test_the_end_of_the_job_counts_early_enough_for_what_was_measured(tmp_path):
+    assert margin(step=2.0, save=10.0) == 2 * 2.0 + 3 * 10.0 + SLACK_SECONDS
+    assert not StopRequests(Signals(), tmp_path).is_requested(look_for_file=False)
+    requests = StopRequests(Signals(), tmp_path, seconds_left=SLACK_SECONDS + 100)
+    assert not requests.is_requested(look_for_file=False) and 0 < requests.seconds_left() - SLACK_SECONDS <= 100
+    requests.took(step=5.0)
+    requests.took(save=20.0)
+    assert not requests.is_requested(look_for_file=False)
+    requests.took(save=40.0)
+    requests.took(save=1.0)
+    assert requests.is_requested(look_for_file=False) and "the job ends in 1" in requests.reason
+    again = StopRequests(Signals(), tmp_path, seconds_left=-3.0)
+    assert again.is_requested(look_for_file=False) and again.reason == "the job ends in 0 s"
+
+
+def test_the_same_signal_later_ends_the_process():
+    program = """
+        import os, signal, time
         from hpcmlip.training import stopping
         stopping._IMPATIENT_SECONDS = 0.2
-        with stopping.StopRequests(pathlib.Path({str(tmp_path)!r})):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.4)
-            os.kill(os.getpid(), signal.SIGUSR1)
-            print("still there", flush=True)
-            os.kill(os.getpid(), signal.SIGTERM)
-            print("not reached", flush=True)
+        stopping.Signals().listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.4)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        print("still there", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("not reached", flush=True)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.stdout == "still there\n" and done.returncode == 128 + signal.SIGTERM
 
 
 def test_a_stop_file_counts_where_it_is_looked_for(tmp_path):
-    with StopRequests(tmp_path) as requests:
-        (tmp_path / "STOP").touch()
-        assert not requests.is_requested(look_for_file=False)
-        assert requests.is_requested(look_for_file=True)
-        requests.forget_file()
+    requests = StopRequests(Signals(), tmp_path)
+    (tmp_path / "STOP").touch()
+    assert not requests.is_requested(look_for_file=False)
+    assert requests.is_requested(look_for_file=True)
+    requests.forget_file()
     assert not (tmp_path / "STOP").exists()
 
 
@@ -111,3 +150,43 @@ def test_average_follows_its_formula_and_gives_the_raw_weights_back():
     off.update()
     with off.in_place():
         assert torch.equal(weight.data, torch.full((3,), 19.0))
+
+
+def ended(run_dir, config):
+    """A finished run in little."""
+    with RunDirectory(run_dir, config):
+        (run_dir / "model.safetensors").write_bytes(b"weights")
+        digest = hashlib.sha256(b"weights").hexdigest()
+        (run_dir / "model.json").write_text(json.dumps({"weights_sha256": digest}))
+        write_end(run_dir, {"reason": "all 2 epochs done", "step": 7})
+
+
+def test_the_record_of_the_end_is_believed_while_config_and_model_are_those(tmp_path, make_config):
+    ended(tmp_path, make_config())
+    assert finished(tmp_path)["step"] == 7 and is_finished(tmp_path)
+    with RunDirectory(tmp_path, make_config(train={"log_seconds": 1.0})) as directory:
+        assert directory.finished["step"] == 7, "a setting that changes no number"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", "others"),
+        ("model.safetensors", None),
+        ("model.json", '{"weights_sha256": "0"}'),
+        ("config.yaml", "train: {seed: 7}"),
+        ("config.yaml", None),
+        ("done.json", '{"state": "finished"}'),
+        ("done.json", "[]"),
+    ],
+)
+def test_a_finished_run_that_was_changed_is_named(tmp_path, make_config, name, content):
+    ended(tmp_path, make_config())
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    assert not is_finished(tmp_path)
+    with pytest.raises(RunError, match=name.replace(".", r"\.")):
+        finished(tmp_path)
+
+
+def test_a_run_without_the_record_has_not_finished(tmp_path):
+    assert finished(tmp_path) is None and not is_finished(tmp_path)
