@@ -6,6 +6,7 @@ program sees a `World` and the collectives below; every rank must call each of t
 
 import os
 import socket
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,30 @@ def detect(env: Mapping[str, str] | None = None) -> World:
 def job() -> str | None:
     """Number of the Slurm job around this process, for messages; None outside of one."""
     return os.environ.get("SLURM_JOB_ID")
+
+
+def job_end(env: Mapping[str, str] | None = None) -> float | None:
+    """When the Slurm job around this process ends, in seconds since 1970; None outside of one, or if it does not say.
+
+    Slurm before 23.02 sets no SLURM_JOB_END_TIME and is asked: call it once a run, on rank 0. Where another system
+    runs the jobs, the variable may be set by hand.
+    """
+    env = os.environ if env is None else env
+    if "SLURM_JOB_END_TIME" in env:
+        return float(_number(env, "SLURM_JOB_END_TIME"))
+    if "SLURM_JOB_ID" not in env:
+        return None
+    # the number of the first task of an array is that of the whole array as well
+    array = "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env
+    name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
+    ask = ["squeue", "--noheader", f"--jobs={name}", "--format=%e"]
+    try:
+        said = subprocess.run(
+            ask, env={**env, "SLURM_TIME_FORMAT": "%s"}, capture_output=True, text=True, timeout=30, check=False
+        )
+        return float(said.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):  # no squeue in a container, no answer, no limit
+        return None
 
 
 def memory_limit(env: Mapping[str, str] | None = None) -> int | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpcmlip.dist import World, detect
+from hpcmlip.dist import World, detect, job_end
 from hpcmlip.errors import RunError
 
 STEP = {
@@ -85,3 +85,11 @@ def test_world_of_each_launcher(env, world):
 def test_a_process_that_would_take_itself_for_the_whole_run_is_refused(env, reason):
     with pytest.raises(RunError, match=reason):
         detect(env)
+
+
+def test_the_end_of_a_job_is_what_slurm_set_or_unknown(tmp_path):
+    assert job_end({}) is None
+    assert job_end(STEP | {"SLURM_JOB_END_TIME": "1795630318"}) == 1795630318.0
+    assert job_end(STEP | {"PATH": str(tmp_path)}) is None, "no squeue"
+    with pytest.raises(RunError, match="SLURM_JOB_END_TIME='soon'"):
+        job_end({"SLURM_JOB_END_TIME": "soon"})
