@@ -7,7 +7,7 @@ every branch together; everything that enters the numbers follows from the confi
 import dataclasses
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -18,12 +18,13 @@ from hpcmlip.data.dataset import Dataset
 from hpcmlip.dist import World
 from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
 from hpcmlip.models.potential import Potential
-from hpcmlip.training import checkpoint, rundir, setup, transfer
+from hpcmlip.trackers import FINISHED, STOPPED
+from hpcmlip.training import checkpoint, run_log, rundir, setup, transfer
 from hpcmlip.training.average import Average
 from hpcmlip.training.engine import Engine, MicroBatch, StepResult
 from hpcmlip.training.objective import Objective
 from hpcmlip.training.records import Progress, Records
-from hpcmlip.training.reporting import Reporter, note_failure, set_up_logging
+from hpcmlip.training.reporting import Reporter
 from hpcmlip.training.schedules import Position, is_exhausted, rate
 from hpcmlip.training.stopping import StopRequests
 from hpcmlip.training.validation import validate
@@ -43,11 +44,11 @@ def train(config: RunConfig, run_dir: Path) -> int:
     device = setup.choose_device(config.engine.device, world)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        set_up_logging(run_dir, world.rank)
+        run_log.set_up(run_dir, world.rank)
     except OSError as error:
         raise ConfigError(f"cannot write into {run_dir} ({error.strerror}); give another --run-dir") from None
     with ExitStack() as stack:
-        stack.push(lambda kind, error, trace: note_failure(error) if error else None)
+        stack.push(lambda kind, error, trace: run_log.note_failure(error) if error else None)
         requests = stack.enter_context(StopRequests(run_dir))
         dist.start(world, folder=run_dir, device=device, timeout_minutes=config.engine.timeout_minutes)
         stack.callback(dist.stop)
@@ -96,26 +97,21 @@ class Training:
     def run(self) -> int:
         self.progress = self.records.resume()
         self._say_what_runs()
-        reporter = Reporter(
-            self.run_dir,
-            enabled=self.world.rank == 0,
-            log_seconds=self.config.train.log_seconds,
-            epochs=self.config.train.epochs,
-            first_step=self.progress.step,
-        )
-        try:
+        is_first = self.world.rank == 0
+        reports = Reporter(self.config, self.run_dir, enabled=is_first, first_step=self.progress.step)
+        with reports as reporter, closing(self.loader):
             reason = self._epochs(reporter)
-        finally:
-            reporter.close()
-            self.loader.close()
-        if reason is None:
-            if self.world.rank == 0:
-                self.requests.forget_file()
-            self._save()
-            log.info("stopped at step %d on request, with a checkpoint; start again to go on", self.progress.step)
-            return EXIT_RESUMABLE
-        self.records.finish(self.progress, reason)
-        return 0
+            if reason is None:
+                if is_first:
+                    self.requests.forget_file()
+                self._save(reporter)
+                log.info("stopped at step %d on request, with a checkpoint; start again to go on", self.progress.step)
+                reporter.ends(STOPPED)
+                return EXIT_RESUMABLE
+            self._flush(reporter)
+            self.records.finish(self.progress, reason)
+            reporter.ends(FINISHED)
+            return 0
 
     # -------------------------------------------------------------------------------------------------- the epochs
 
@@ -137,8 +133,10 @@ class Training:
         waited = self.loader.waited
         for micro_batches in self.loader.batches(epoch, first):
             lr = self._rate(steps)
-            result = self.engine.step(micro_batches, lr, self._flags(micro_batches))
-            asked_to_stop, save_now, structures = result.flags
+            result = self.engine.step(micro_batches, lr, self._flags(micro_batches, reporter))
+            asked_to_stop, save_now, structures, unwritten = result.flags
+            if unwritten:
+                raise RunError(dist.broadcast(reporter.failure))
             self._count(result)
             if result.applied:
                 reporter.step(
@@ -153,11 +151,9 @@ class Training:
                 self._report_bad_step(micro_batches, reporter)
             waited = self.loader.waited
             if asked_to_stop:
-                reporter.flush()
                 return False
             if save_now:
-                reporter.flush()
-                self._save()
+                self._save(reporter)
         return True
 
     def _rate(self, steps: int) -> float:
@@ -170,13 +166,15 @@ class Training:
         )
         return rate(optim, position, progress.plateau)
 
-    def _flags(self, micro_batches: list[MicroBatch]) -> tuple[float, float, float]:
-        """(asked to stop, checkpoint due, structures): what the ranks tell each other with every step."""
+    def _flags(self, micro_batches: list[MicroBatch], reporter: Reporter) -> tuple[float, float, float, float]:
+        """(asked to stop, checkpoint due, structures, record of the run unwritten): what the ranks tell each other with
+        every step."""
         is_first, train = self.world.rank == 0, self.config.train
         due = time.monotonic() - self.saved_at >= 60 * train.checkpoint_minutes
         due = due or (train.checkpoint_steps > 0 and (self.progress.step + 1) % train.checkpoint_steps == 0)
         structures = sum(float(block.weight.sum()) for blocks in micro_batches for block in blocks)
-        return float(self.requests.is_requested(look_for_file=is_first)), float(is_first and due), structures
+        asked_to_stop = self.requests.is_requested(look_for_file=is_first)
+        return float(asked_to_stop), float(is_first and due), structures, float(reporter.failure is not None)
 
     def _count(self, result: StepResult) -> None:
         if result.applied:
@@ -201,7 +199,6 @@ class Training:
         names = [self._source_name(source) for source in found[:_SOURCES_NAMED]]
         reporter.bad_step(step=progress.step, epoch=progress.epoch, sources=names, count=progress.bad_steps)
         if progress.bad_steps > self.config.train.max_bad_steps:
-            reporter.flush()
             shown = "; ".join(names) or "not a few structures but the weights: lower optim.lr or set optim.clip_norm"
             raise RunError(
                 f"{progress.bad_steps} steps had non-finite numbers, more than train.max_bad_steps = "
@@ -212,7 +209,12 @@ class Training:
         store, file, group, row = source
         return f"{self.dataset.stores[store].meta.sources[file].name}, group {group}, row {row}"
 
-    def _save(self) -> None:
+    def _flush(self, reporter: Reporter) -> None:
+        with dist.together("writing the metrics"):
+            reporter.flush()
+
+    def _save(self, reporter: Reporter) -> None:
+        self._flush(reporter)
         self.records.save(self.progress)
         self.saved_at = time.monotonic()
 
@@ -233,6 +235,7 @@ class Training:
                 self.config,
                 self.world,
                 is_stopping=lambda: self.requests.is_requested(look_for_file=False),
+                watch=reporter.watch_validation,
             )
             if result is None:
                 return ""
@@ -252,8 +255,7 @@ class Training:
             is_best=is_best,
         )
         if is_best:
-            reporter.flush()
-            self._save()
+            self._save(reporter)
         return self._why_stop()
 
     def _why_stop(self) -> str | None:
