@@ -15,6 +15,10 @@ from hpcmlip import plugins
 from hpcmlip.trackers import CLOSE_SECONDS, FAILED, Run
 
 
+MOST = 200
+"""Characters of a library's message that are passed on."""
+
+
 def main(kind: str) -> None:
     # the signals of a job are for the run, which ends this process by closing the pipe
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -59,7 +63,8 @@ def _follow(kind: str, lines: queue.SimpleQueue) -> None:
 def _sentence(kind: str, error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"{kind} cannot be imported ({error}): pip install 'hpcmlip[{kind}]'"
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return first if len(first) <= MOST else first[:MOST] + "..."
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class Tracking:
 
     def __init__(self, config: RunConfig, run_dir: Path):
         self._kind = config.track.kind
+        self._place = f"with the server {config.track.server}" if config.track.server else f"in {run_dir}"
         self._process: subprocess.Popen | None = None
         try:
             self._process = subprocess.Popen(
@@ -54,7 +55,7 @@ class Tracking:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            self._warn(f"it did not finish within {CLOSE_SECONDS:.0f} s")
+            self._warn(f"it did not finish within {CLOSE_SECONDS:.0f} s, {self._place}")
         process.stderr.close()
         self._process = None
 
