@@ -169,6 +169,7 @@ class TrainSection(Section):
     max_bad_steps: Annotated[int, Field(ge=0)] = 10
     """Steps with non-finite numbers that are skipped before the run ends with an error."""
     log_seconds: Positive = 10.0
+    """Between two lines of the log, two points in TensorBoard and of a tracker."""
 
 
 class EngineSection(Section):
@@ -189,6 +190,26 @@ class TransferSection(Section):
     """Layers that stay as they are, counted from 0 at the input."""
     level: LevelName | None = None
     """Level of the trained model from which levels start that it lacks; its only level if it has one."""
+
+
+class TrackSection(Section):
+    """The figures of TensorBoard in a tracker as well; one that fails never stops the run."""
+
+    kind: str
+    """wandb or mlflow: a module in `hpcmlip/trackers/`."""
+    project: Annotated[str, Field(min_length=1)] = "hpcmlip"
+    """Project of W&B, experiment of MLflow."""
+    server: str | None = None
+    """Where to send them while the run goes on: address of a W&B server, tracking URI of MLflow. none: nothing is
+    sent, they are kept in the run directory."""
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        known = plugins.names("trackers")
+        if kind not in known:
+            raise ValueError(f"there is no tracker '{kind}'{plugins.suggest(kind, known)}")
+        return kind
 
 
 MODEL_LIMITS = {
@@ -227,6 +248,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
     transfer: TransferSection | None = None
+    track: TrackSection | None = None
 
     @field_validator("model", mode="wrap")
     @classmethod

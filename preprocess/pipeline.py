@@ -19,8 +19,8 @@ from hpcmlip.preprocess.config import DataConfig
 from hpcmlip.preprocess.files import digest, write_whole
 from hpcmlip.preprocess.job import Job, make
 from hpcmlip.preprocess.layout import WriteTask
-from hpcmlip.preprocess.progress import progress
 from hpcmlip.preprocess.readers import RawGroup
+from hpcmlip.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _run(
         done(task, receipt)
         shown.advance(task.cost)
 
-    with progress(console, what, sum(task.cost for task in tasks)) as shown:
+    with progress(what, sum(task.cost for task in tasks), console) as shown:
         try:
             execute(function, tasks, finished)
         except KeyboardInterrupt:

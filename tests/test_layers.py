@@ -12,7 +12,7 @@ SOURCES["hpcmlip.configs"] = ROOT / "configs"
 
 # lowest first; a module may import from lower layers and from its own
 LAYERS = [
-    {"hpcmlip", "hpcmlip.units", "hpcmlip.lattice", "hpcmlip.errors", "hpcmlip.files"},
+    {"hpcmlip", "hpcmlip.units", "hpcmlip.lattice", "hpcmlip.errors", "hpcmlip.files", "hpcmlip.progress"},
     {
         "hpcmlip.graph",
         "hpcmlip.neighbours",
@@ -21,7 +21,7 @@ LAYERS = [
         "hpcmlip.explain",
         "hpcmlip.config",
     },
-    {"hpcmlip.rendezvous", "hpcmlip.dist", "hpcmlip.configs", "hpcmlip.slurm"},
+    {"hpcmlip.rendezvous", "hpcmlip.dist", "hpcmlip.trackers", "hpcmlip.configs", "hpcmlip.slurm"},
     {"hpcmlip.models", "hpcmlip.data"},
     {"hpcmlip.training"},
     {"hpcmlip.cluster", "hpcmlip.evaluation"},
@@ -33,6 +33,7 @@ PREPROCESS_USES = {
     "hpcmlip.units",
     "hpcmlip.errors",
     "hpcmlip.files",
+    "hpcmlip.progress",
     "hpcmlip.lattice",
     "hpcmlip.config",
     "hpcmlip.plugins",

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from hpcmlip.errors import RunError
-from hpcmlip.training.reporting import METRICS
+from hpcmlip.training.metrics import METRICS
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 _POLL_SECONDS = 0.1

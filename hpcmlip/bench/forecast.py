@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hpcmlip.errors import RunError
+from hpcmlip.training.metrics import METRICS
 from hpcmlip.training.probe import WARM_UP_STEPS
-from hpcmlip.training.reporting import METRICS
 
 COMPONENT = "train --forecast against the run that it foretells: time and memory"
 

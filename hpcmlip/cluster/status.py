@@ -18,7 +18,7 @@ from hpcmlip.cluster.activity import RUNNING, WAITING, Activity, Event
 from hpcmlip.cluster.experiment import Experiment, is_finished, open_experiment
 from hpcmlip.data.inspection import wide_console
 from hpcmlip.errors import RunError
-from hpcmlip.training.reporting import METRICS
+from hpcmlip.training.metrics import METRICS
 
 QUEUED_AGAIN = "queued again"
 LOST = "lost"

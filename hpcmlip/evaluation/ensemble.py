@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 
-from hpcmlip import dist
+from hpcmlip import dist, progress
 from hpcmlip.batch import AtomsBatch
 from hpcmlip.data.loader import split_batches
 from hpcmlip.data.store import SPLITS
 from hpcmlip.errors import ConfigError, RunError
-from hpcmlip.evaluation import figures, members, output, progress
+from hpcmlip.evaluation import figures, members, output
 from hpcmlip.evaluation.predictions import Spill
 from hpcmlip.evaluation.sums import Result, Sums, result_sums
 from hpcmlip.evaluation.task import Task, prepare
@@ -88,7 +89,8 @@ def _run(task: Task, world: dist.World, spill: Spill) -> Sums:
     share = -(-task.dataset.count(task.split) // world.size)
     blocks = results(task, rank=world.rank, size=world.size)
     if world.rank == 0:
-        blocks = progress.watch(blocks, share, size=lambda result: len(result.numbers))
+        console = Console(stderr=True)
+        blocks = progress.watch(blocks, "evaluating", share, console, size=lambda result: len(result.numbers))
     for result in blocks:
         place = task.sizes.index(result.numbers.shape[1])
         part = result_sums(result, task.dataset.spec.force_levels, place, total)

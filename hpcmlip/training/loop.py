@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,12 +19,13 @@ from hpcmlip.data.dataset import Dataset
 from hpcmlip.dist import World
 from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
 from hpcmlip.models.potential import Potential
-from hpcmlip.training import checkpoint, rundir, setup, transfer
+from hpcmlip.trackers import FINISHED, STOPPED
+from hpcmlip.training import checkpoint, run_log, rundir, setup, transfer
 from hpcmlip.training.average import Average
 from hpcmlip.training.engine import Engine, MicroBatch, StepResult
 from hpcmlip.training.objective import Objective
 from hpcmlip.training.records import Progress, Records
-from hpcmlip.training.reporting import Reporter, note_failure, set_up_logging
+from hpcmlip.training.reporting import Reporter
 from hpcmlip.training.schedules import Position, is_exhausted, rate
 from hpcmlip.training.stacks import Stacks
 from hpcmlip.training.stopping import Signals, StopRequests
@@ -46,11 +47,11 @@ def train(config: RunConfig, run_dir: Path, signals: Signals) -> int:
     with ExitStack() as stack:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            set_up_logging(run_dir, world.rank)
+            run_log.set_up(run_dir, world.rank)
             stacks = stack.enter_context(Stacks(run_dir, world.rank, seconds=60 * config.engine.timeout_minutes))
         except OSError as error:
             raise ConfigError(f"cannot write into {run_dir} ({error.strerror}); give another --run-dir") from None
-        stack.push(lambda kind, error, trace: note_failure(error) if error else None)
+        stack.push(lambda kind, error, trace: run_log.note_failure(error) if error else None)
         stack.enter_context(_contact(world, stacks))
         dist.start(world, folder=run_dir, device=device, timeout_minutes=config.engine.timeout_minutes)
         stack.callback(dist.stop)
@@ -143,29 +144,29 @@ class Training:
             self.loader.close()
             return EXIT_RESUMABLE
         self._say_what_runs()
-        reporter = Reporter(
+        is_first = self.world.rank == 0
+        reports = Reporter(
+            self.config,
             self.run_dir,
-            enabled=self.world.rank == 0,
-            log_seconds=self.config.train.log_seconds,
-            epochs=self.config.train.epochs,
+            enabled=is_first,
             first_step=self.progress.step,
+            seconds_left=self.requests.seconds_left,
         )
-        try:
+        with reports as reporter, closing(self.loader):
             reason = self._epochs(reporter)
-        finally:
-            reporter.close()
-            self.loader.close()
-        if reason is None:
-            if self.world.rank == 0:
-                self.requests.forget_file()
-            self._save()
-            asked = ", ".join(dict.fromkeys(filter(None, dist.gather(self.requests.reason))))
-            log.info(
-                "stopped at step %d on request (%s), with a checkpoint; start again to go on", self.progress.step, asked
-            )
-            return EXIT_RESUMABLE
-        self.records.finish(self.progress, reason)
-        return 0
+            if reason is None:
+                if is_first:
+                    self.requests.forget_file()
+                self._save(reporter)
+                asked = ", ".join(dict.fromkeys(filter(None, dist.gather(self.requests.reason))))
+                step = self.progress.step
+                log.info("stopped at step %d on request (%s), with a checkpoint; start again to go on", step, asked)
+                reporter.ends(STOPPED)
+                return EXIT_RESUMABLE
+            self._flush(reporter)
+            self.records.finish(self.progress, reason)
+            reporter.ends(FINISHED)
+            return 0
 
     # -------------------------------------------------------------------------------------------------- the epochs
 
@@ -188,8 +189,10 @@ class Training:
         began = time.monotonic()
         for micro_batches in self.loader.batches(epoch, first):
             lr = self._rate(steps)
-            result = self.engine.step(micro_batches, lr, self._flags(micro_batches))
-            asked_to_stop, save_now, structures = result.flags
+            result = self.engine.step(micro_batches, lr, self._flags(micro_batches, reporter))
+            asked_to_stop, save_now, structures, unwritten = result.flags
+            if unwritten:
+                raise RunError(dist.broadcast(reporter.failure))
             self._count(result)
             if result.applied:
                 reporter.step(
@@ -205,11 +208,9 @@ class Training:
             waited = self.loader.waited
             self.requests.took(step=time.monotonic() - began)
             if asked_to_stop:
-                reporter.flush()
                 return False
             if save_now:
-                reporter.flush()
-                self._save()
+                self._save(reporter)
             began = time.monotonic()
         return True
 
@@ -223,14 +224,16 @@ class Training:
         )
         return rate(optim, position, progress.plateau)
 
-    def _flags(self, micro_batches: list[MicroBatch]) -> tuple[float, float, float]:
-        """(asked to stop, checkpoint due, structures): what the ranks tell each other with every step."""
+    def _flags(self, micro_batches: list[MicroBatch], reporter: Reporter) -> tuple[float, float, float, float]:
+        """(asked to stop, checkpoint due, structures, record of the run unwritten): what the ranks tell each other with
+        every step."""
         self._rearm()
         is_first, train = self.world.rank == 0, self.config.train
         due = time.monotonic() - self.saved_at >= 60 * train.checkpoint_minutes
         due = due or (train.checkpoint_steps > 0 and (self.progress.step + 1) % train.checkpoint_steps == 0)
         structures = sum(float(block.weight.sum()) for blocks in micro_batches for block in blocks)
-        return float(self.requests.is_requested(look_for_file=is_first)), float(is_first and due), structures
+        asked_to_stop = self.requests.is_requested(look_for_file=is_first)
+        return float(asked_to_stop), float(is_first and due), structures, float(reporter.failure is not None)
 
     def _count(self, result: StepResult) -> None:
         if result.applied:
@@ -255,7 +258,6 @@ class Training:
         names = [self._source_name(source) for source in found[:_SOURCES_NAMED]]
         reporter.bad_step(step=progress.step, epoch=progress.epoch, sources=names, count=progress.bad_steps)
         if progress.bad_steps > self.config.train.max_bad_steps:
-            reporter.flush()
             shown = "; ".join(names) or "not a few structures but the weights: lower optim.lr or set optim.clip_norm"
             raise RunError(
                 f"{progress.bad_steps} steps had non-finite numbers, more than train.max_bad_steps = "
@@ -266,8 +268,13 @@ class Training:
         store, file, group, row = source
         return f"{self.dataset.stores[store].meta.sources[file].name}, group {group}, row {row}"
 
-    def _save(self) -> None:
+    def _flush(self, reporter: Reporter) -> None:
+        with dist.together("writing the metrics"):
+            reporter.flush()
+
+    def _save(self, reporter: Reporter) -> None:
         began = time.monotonic()
+        self._flush(reporter)
         self.records.save(self.progress)
         self.saved_at = time.monotonic()
         self.requests.took(save=self.saved_at - began)
@@ -290,6 +297,7 @@ class Training:
                 self.config,
                 self.world,
                 is_stopping=self._is_stopping,
+                watch=reporter.watch_validation,
             )
             if result is None:
                 return ""
@@ -309,8 +317,7 @@ class Training:
             is_best=is_best,
         )
         if is_best:
-            reporter.flush()
-            self._save()
+            self._save(reporter)
         return self._why_stop()
 
     def _is_stopping(self) -> bool:

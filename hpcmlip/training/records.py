@@ -19,7 +19,7 @@ from hpcmlip.models.export import save_model
 from hpcmlip.training import checkpoint, rundir
 from hpcmlip.training.average import Average
 from hpcmlip.training.engine import Engine
-from hpcmlip.training.reporting import METRICS, truncate_metrics
+from hpcmlip.training.metrics import METRICS, truncate
 from hpcmlip.training.schedules import Plateau
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Records:
         with dist.together("opening the metrics"):
             if self._world.rank == 0:
                 path = self._run_dir / METRICS
-                truncate_metrics(path, step=progress.step, validated_step=progress.validated_step)
+                truncate(path, step=progress.step, validated_step=progress.validated_step)
         return progress
 
     def _newest_step(self) -> int | None:

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "train.checkpoint_",
     "train.keep_checkpoints",
     "data.cache_mb",
+    "track",
     # where the stores lie may change; that they hold the same data is checked against the checkpoint
     "data.stores",
 )

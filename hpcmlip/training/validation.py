@@ -1,6 +1,6 @@
 """The objective and the errors over the whole validation split: sums and counts, one reduction, one division."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.data.loader import split_batches
 from hpcmlip.dist import World
+from hpcmlip.training.engine import MicroBatch
 from hpcmlip.training.errors import error_sums, figures
 from hpcmlip.training.objective import Objective
 
@@ -25,17 +26,23 @@ class Validation:
 
 
 def validate(
-    objective: Objective, dataset: Dataset, config: RunConfig, world: World, *, is_stopping: Callable[[], bool]
+    objective: Objective,
+    dataset: Dataset,
+    config: RunConfig,
+    world: World,
+    *,
+    is_stopping: Callable[[], bool],
+    watch: Callable[[Iterable[MicroBatch], int], Iterator[MicroBatch]],
 ) -> Validation | None:
     """Each structure of the validation split once, shared among the ranks; None if a rank was asked to stop meanwhile.
 
-    A collective; the same result on every rank.
+    `watch(batches, structures)` passes the batches of this rank on. A collective; the same result on every rank.
     """
     device = next(objective.parameters()).device
     sums, errors, stopped = [], torch.zeros(len(dataset.spec.levels), 2, 3, dtype=torch.float64, device=device), False
     objective.eval()
     batches = split_batches(dataset, config.data, "val", cutoff=config.model.cutoff, rank=world.rank, size=world.size)
-    for micro_batch in batches:
+    for micro_batch in watch(batches, -(-dataset.count("val") // world.size)):
         if is_stopping():
             stopped = True
             break

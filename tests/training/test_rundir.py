@@ -14,7 +14,7 @@ import torch
 from hpcmlip.cluster.experiment import is_finished
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.training.average import Average
-from hpcmlip.training.reporting import truncate_metrics
+from hpcmlip.training.metrics import truncate
 from hpcmlip.training.rundir import RunDirectory, differing, finished, write_end
 from hpcmlip.training.stopping import SIGNALS, SLACK_SECONDS, Signals, StopRequests, margin
 
@@ -128,7 +128,7 @@ def test_metrics_beyond_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"kind": kind, "step": step} for step in (1, 2, 3) for kind in ("train", "validation")]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
-    truncate_metrics(path, step=2, validated_step=1)
+    truncate(path, step=2, validated_step=1)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(k["kind"], k["step"]) for k in kept] == [("train", 1), ("validation", 1), ("train", 2)]
 
