@@ -136,6 +136,10 @@ def submit(
         Path | None, typer.Option(metavar="STORE", help="Evaluate the members on this store afterwards.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split that is evaluated: train, val or test (default).")] = None,
+    min_members: Annotated[
+        int | None,
+        typer.Option(min=1, help="Evaluate only if so many have finished (default 1); the report names who has not."),
+    ] = None,
     site: Annotated[
         Path | None,
         typer.Option(
@@ -157,7 +161,8 @@ def submit(
     how = submission.How(site, local, ranks, dry_run)
     if retry is not None:
         options = {"RUN.yaml": run, "--members": members, "--sweep": sweep, "--evaluate": evaluate, "--split": split}
-        given = [key for key, value in (options | {"--run-dir": run_dir}).items() if value is not None]
+        options |= {"--min-members": min_members, "--run-dir": run_dir}
+        given = [key for key, value in options.items() if value is not None]
         if given:
             raise ConfigError(f"--retry takes everything from the experiment {retry}: leave out {', '.join(given)}")
         sys.exit(submission.retry(retry, how))
@@ -172,6 +177,7 @@ def submit(
             sweep_file=sweep,
             evaluate=evaluate,
             split=split,
+            min_members=min_members,
             how=how,
         )
     )
@@ -182,7 +188,11 @@ def status(
     experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Experiment directory that submit made.")],
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ):
-    """One line a member: state, step, best validation, time left, restarts. Reads files, and asks Slurm once."""
+    """One line a member: state, step, best validation, time left, restarts; of failed ones the end of their log.
+
+    Reads files and, while members are unfinished, asks Slurm once which of their jobs still wait or run: a killed job
+    writes nothing. If Slurm does not answer within ten seconds, what the files say is shown.
+    """
     from hpcmlip.cluster import status as members
 
     members.show(experiment, as_json=json)
@@ -220,11 +230,12 @@ def evaluate(
         "evaluation"
     ),
     units: Annotated[str, typer.Option(help="Energy unit of all figures.")] = "kcal/mol",
+    min_members: Annotated[int, typer.Option(min=1, help="Fail, naming who is absent, if fewer have finished.")] = 1,
 ):
     """Ensemble errors per level of theory with 95 % confidence interval, plots and a report."""
     from hpcmlip.evaluation import ensemble
 
-    ensemble.evaluate(runs, data, split=split, out=out, unit=units)
+    ensemble.evaluate(runs, data, split=split, out=out, unit=units, min_members=min_members)
 
 
 @app.command()

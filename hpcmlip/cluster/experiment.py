@@ -70,6 +70,10 @@ class Experiment:
         """Lines `time job what` about starts and ends, written by the job itself."""
         return self.folder / "slurm" / f"{self.name(member)}.jobs"
 
+    def output_file(self, job: str) -> Path:
+        """What the job ARRAY_TASK wrote, as slurm/train.sbatch names it."""
+        return self.folder / "slurm" / f"train-{job}.out"
+
     @property
     def site_file(self) -> Path:
         return self.folder / "site.yaml"
@@ -132,7 +136,7 @@ def open_experiment(folder: Path) -> Experiment:
     config = load(RunConfig, folder / "run.yaml")
     try:
         wanted, members = record["evaluate"], tuple(Member(**member) for member in record["members"])
-        evaluation = Evaluation(Path(wanted["store"]), wanted["split"]) if wanted else None
+        evaluation = Evaluation(**wanted | {"store": Path(wanted["store"])}) if wanted else None
     except (KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged: {error}") from None
     return Experiment(folder, config, members, evaluation)
@@ -201,7 +205,7 @@ def _record(experiment: Experiment) -> dict:
         "schema": SCHEMA,
         "name": experiment.config.name,
         "members": [dataclasses.asdict(member) for member in experiment.members],
-        "evaluate": evaluation and {"store": str(evaluation.store), "split": evaluation.split},
+        "evaluate": evaluation and dataclasses.asdict(evaluation) | {"store": str(evaluation.store)},
         "written": now(),
         "created_by": f"{getpass.getuser()}@{socket.gethostname()}, hpcmlip {hpcmlip.__version__}",
     }

@@ -22,6 +22,7 @@ def evaluate_command(experiment: Experiment, ranks: int) -> list[str]:
     """Command that evaluates the experiment on this machine."""
     evaluation = experiment.evaluation
     arguments = ["--data", str(evaluation.store), "--split", evaluation.split]
+    arguments += ["--min-members", str(evaluation.min_members)]
     return [
         *_launcher(ranks),
         "evaluate",

@@ -36,19 +36,21 @@ def sbatch(command: Sequence[str], folder: Path) -> str:
     return answer.split(";")[0].strip()  # --parsable gives id;cluster on a federation
 
 
-def states(jobs: Sequence[str]) -> dict[str, str]:
+def states(jobs: Sequence[str], seconds: float = ANSWER_SECONDS) -> dict[str, str]:
     """State (PENDING, RUNNING, ...) of each job or array task (ARRAY_TASK) of these that has not ended, in one call.
 
-    Raises RunError if Slurm does not answer.
+    Raises RunError if Slurm does not answer within `seconds`.
     """
     if not jobs:
         return {}
     command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(jobs)}"]
     try:
         found = subprocess.run(
-            command, env=clean(os.environ), check=False, text=True, capture_output=True, timeout=ANSWER_SECONDS
+            command, env=clean(os.environ), check=False, text=True, capture_output=True, timeout=seconds
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise RunError(f"Slurm does not say within {seconds:g} s which jobs still run: try again later") from None
+    except OSError as error:
         raise RunError(f"squeue cannot tell which jobs still run: {error}") from None
     # what it says of a single job that Slurm has forgotten; of several it leaves out the forgotten ones
     if found.returncode and "Invalid job id" not in found.stderr:

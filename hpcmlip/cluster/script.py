@@ -4,6 +4,7 @@ The templates in `slurm/` hold all shell code; @@{name} in them is replaced here
 #SBATCH line, which has quoting rules of its own: output goes below the folder in which sbatch is called.
 """
 
+import dataclasses
 import shlex
 import string
 import sys
@@ -27,6 +28,8 @@ class Evaluation:
 
     store: Path
     split: str
+    min_members: int = 1
+    """With fewer finished members it fails instead."""
 
 
 def train_script(site: Site, name: str, experiment: Path, names: Sequence[str], members: Sequence[int]) -> str:
@@ -47,19 +50,23 @@ def train_script(site: Site, name: str, experiment: Path, names: Sequence[str], 
 def evaluate_script(site: Site, name: str, experiment: Path, evaluation: Evaluation) -> str:
     """Text of the job that evaluates the experiment."""
     directives = ["--output=slurm/evaluate-%j.out", "--requeue", "--open-mode=append"]
-    values = {"experiment": experiment, "store": evaluation.store, "split": evaluation.split}
+    values = {"experiment": experiment, **dataclasses.asdict(evaluation)}
     fields = {key: shlex.quote(str(value)) for key, value in values.items()}
     header = _header(site, site.evaluation, f"{name}-evaluate", directives)
     return _render(site, "evaluate.sbatch", header, site.evaluation.cpus_per_task, fields)
 
 
 def check_path(experiment: Path) -> None:
-    """Raises ConfigError for a folder whose name Slurm would not take literally in the name of a log file."""
-    bad = [repr(c) for c in ("%", "\\", "\n") if c in str(experiment)]
+    """Raises ConfigError for a folder whose name Slurm would not take literally in the name of a log file.
+
+    Seen with Slurm 22.05: it looks for patterns in the whole path, its folder included, and a backslash anywhere turns
+    them off, so that all array tasks would write into one file. Anything else may stand in it, a line break too.
+    """
+    bad = [repr(c) for c in ("%", "\\") if c in str(experiment)]
     if bad:
         raise ConfigError(
             f"the path of the experiment, {experiment}, holds {' and '.join(bad)}, which Slurm gives "
-            "a meaning of its own; name another folder with --run-dir"
+            "a meaning of its own in the names of log files; name another folder with --run-dir"
         )
 
 

@@ -1,7 +1,7 @@
 """`hpcmlip status` and `hpcmlip cancel`: what an experiment's files say about its members, and whether somebody works.
 
-Of Slurm the status asks the queue once, and only while members are unfinished; without an answer it is that of the
-files.
+Of Slurm the status asks the queue once, and only while members are unfinished; without an answer within a few seconds
+it is that of the files, and says so.
 """
 
 import dataclasses
@@ -22,8 +22,20 @@ from hpcmlip.training.metrics import METRICS
 
 QUEUED_AGAIN = "queued again"
 LOST = "lost"
+FAILED = "failed"
 SPEED_STEPS = 100
 """Steps over which the speed is averaged."""
+ANSWER_SECONDS = 10.0
+"""A look at files should not wait for a controller that is busy or down."""
+LAST_LINES = 10
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The end of a file."""
+
+    file: str
+    lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,8 @@ class Status:
     """Seconds since the last sign of life."""
     note: str
     """Why it failed or stopped."""
+    log: Tail | None
+    """Of a failed or lost member, the end of what its last start wrote."""
 
 
 def read(experiment: Experiment, *, now: float, queue: dict[str, str] | None = None) -> list[Status]:
@@ -63,10 +77,12 @@ def read(experiment: Experiment, *, now: float, queue: dict[str, str] | None = N
 def show(folder: Path, *, as_json: bool) -> None:
     """Print the status of an experiment; raises ConfigError if `folder` holds none."""
     experiment = open_experiment(folder)
-    members = read(experiment, now=time.time(), queue=_queue(experiment))
+    queue = _queue(experiment)
+    members = read(experiment, now=time.time(), queue=queue)
     evaluated = experiment.evaluation is not None and experiment.is_evaluated()
     if as_json:
-        print(json.dumps({"members": [dataclasses.asdict(m) for m in members], "evaluated": evaluated}, indent=2))
+        found = {"members": [dataclasses.asdict(m) for m in members], "evaluated": evaluated}
+        print(json.dumps(found | {"slurm_answered": queue is not None}, indent=2))
         return
     table = Table(
         "member", "state", "step", "epoch", "best", "structures/s", "time left", "restarts", "last sign", "note"
@@ -80,6 +96,12 @@ def show(folder: Path, *, as_json: bool) -> None:
             *(_duration(m.left_s), str(m.restarts or ""), _duration(m.quiet_s, " ago"), m.note),
         )
     wide_console().print(table)
+    for m in members:
+        if m.log is not None:
+            print(f"{m.member} {m.state}; the end of {m.log.file}:")
+            print(*(f"    {line}" for line in m.log.lines), sep="\n")
+    if queue is None:
+        print("Slurm does not answer: the states are those of the files, and a job that was killed reads as running.")
     best = lowest(members)
     if best is not None:
         print(f"lowest so far: {best.member}, {best.best:.4g} {best.unit}")
@@ -117,7 +139,7 @@ def _queue(experiment: Experiment) -> dict[str, str] | None:
     if not ids or not experiment.unfinished():
         return {}
     try:
-        return scheduler.states(ids)
+        return scheduler.states(ids, ANSWER_SECONDS)
     except RunError:
         return None
 
@@ -146,14 +168,28 @@ def _member(experiment: Experiment, member: int, now: float, going_on: Activity)
         restarts=max(0, sum(event.what == "started" for event in history) - 1),
         quiet_s=_quiet(run_dir, experiment.history_file(member), now),
         note=note,
+        log=_tail(experiment, member, history) if state in (FAILED, LOST) else None,
     )
+
+
+def _tail(experiment: Experiment, member: int, history: list[Event]) -> Tail | None:
+    """The end of the training's log or, if the last start did not come so far, of what its job wrote."""
+    log = experiment.run_dir(member) / "log.txt"
+    begun = max((event.time for event in history if event.what == "started"), default=0.0)
+    candidates = [log] if log.exists() and log.stat().st_mtime >= begun else []
+    candidates += [experiment.output_file(event.job) for event in history[-1:]]
+    found = next(((path, lines) for path in candidates if (lines := _lines(path))), None)
+    if found is None:
+        return None
+    path, lines = found
+    return Tail(str(path.relative_to(experiment.folder)), tuple(lines[-LAST_LINES:]))
 
 
 def _state(run_dir: Path, history: list[Event], *, has_begun: bool) -> tuple[str, str]:
     """(state, why) of a member that has not finished, from the files."""
     what = history[-1].what if history else ""
     if what.startswith("failed"):
-        return "failed", _last_error(run_dir) or what
+        return FAILED, _last_error(run_dir) or what
     for word, state in (("requeued", QUEUED_AGAIN), ("stopped", "stopped"), ("started", RUNNING)):
         if what.startswith(word):
             return state, what if state == "stopped" else ""

@@ -61,6 +61,7 @@ def submit(
     sweep_file: Path | None,
     evaluate: Path | None,
     split: str | None,
+    min_members: int | None,
     how: How,
 ) -> int:
     """Train `members` members of `config` (default: 1), or the trials of a sweep, in the experiment directory `folder`;
@@ -78,7 +79,9 @@ def submit(
         chosen = sweep.members(sweep.load_sweep(sweep_file), config, sweep_file, before)
     else:
         raise ConfigError(f"--members and --sweep were both given; write 'members: {members}' into {sweep_file}")
-    evaluation = _evaluation(evaluate, split, before)
+    evaluation = _evaluation(evaluate, split, min_members, before)
+    if evaluation is not None and evaluation.min_members > len(chosen):
+        raise ConfigError(f"--min-members {evaluation.min_members} cannot be met by {len(chosen)} members; lower it")
     experiment = Experiment(folder.absolute(), config, chosen, evaluation)
     if before is not None:
         experiments.check_goes_on(before, experiment)
@@ -138,12 +141,16 @@ class _SiteFile:
     """What the experiment directory keeps of it."""
 
 
-def _evaluation(store: Path | None, split: str | None, before: Experiment | None) -> Evaluation | None:
+def _evaluation(
+    store: Path | None, split: str | None, min_members: int | None, before: Experiment | None
+) -> Evaluation | None:
     """The evaluation asked for, else the one that the experiment was submitted with before."""
     if store is not None:
-        return Evaluation(store.absolute(), split or "test")
+        return Evaluation(store.absolute(), split or "test", min_members or 1)
     if split is not None:
         raise ConfigError("--split says what part of a store is evaluated: give --evaluate STORE with it")
+    if min_members is not None:
+        raise ConfigError("--min-members says when to evaluate at all: give --evaluate STORE with it")
     return before.evaluation if before is not None else None
 
 

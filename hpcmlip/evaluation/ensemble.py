@@ -33,9 +33,9 @@ TIMEOUT_MINUTES = 30.0
 """A rank that waits longer than this for the others gives up."""
 
 
-def evaluate(runs: Sequence[Path], store: Path, *, split: str, out: Path, unit: str) -> None:
+def evaluate(runs: Sequence[Path], store: Path, *, split: str, out: Path, unit: str, min_members: int = 1) -> None:
     """Evaluate run directories, or the members of experiment directories, and write metrics.json, predictions.zarr,
-    plots and report.html into `out`; prints the table.
+    plots and report.html into `out`; prints the table. With fewer than `min_members` finished models it fails.
 
     Raises ConfigError, DataError or RunError with what is wrong before anything is written.
     """
@@ -43,7 +43,7 @@ def evaluate(runs: Sequence[Path], store: Path, *, split: str, out: Path, unit: 
         raise ConfigError(f"there is no split '{split}'{suggest(split, SPLITS)}")
     if unit not in ENERGY_UNITS:
         raise ConfigError(f"there is no energy unit '{unit}'{suggest(unit, ENERGY_UNITS)}")
-    found = members.find_members(runs)
+    found = members.find_members(runs, at_least=min_members)
     world = dist.detect()
     device = _device(world.local_rank)
     task = prepare(found.runs, store, split, device)

@@ -82,11 +82,11 @@ class Answer:
     """[P, B, Lf, 3, 3] float64 eV/Å³ of the levels of the forces, where asked for and the block is periodic."""
 
 
-def find_members(paths: Sequence[Path]) -> Found:
+def find_members(paths: Sequence[Path], *, at_least: int = 1) -> Found:
     """Runs named directly or as members of an experiment directory.
 
     A member of an experiment counts when it is finished (done.json says so); a run that is named itself only needs its
-    model. Raises ConfigError for a path that is neither, RunError if nothing is left.
+    model. Raises ConfigError for a path that is neither, RunError naming the absent if fewer than `at_least` are left.
     """
     runs: list[Path] = []
     left_out: list[dict[str, str]] = []
@@ -105,9 +105,10 @@ def find_members(paths: Sequence[Path]) -> Found:
                 left_out.append({"run": str(run), "reason": reason})
             elif run.resolve() not in [other.resolve() for other in runs]:
                 runs.append(run)
-    if not runs:
-        reasons = "; ".join(f"{item['run']}: {item['reason']}" for item in left_out)
-        raise RunError(f"no finished model to evaluate ({reasons}); train first, or see 'hpcmlip status'")
+    if len(runs) < at_least:
+        reasons = "; ".join(f"{item['run']}: {item['reason']}" for item in left_out) or "no other was named"
+        what = f"{len(runs)} finished models, at least {at_least} are needed" if runs else "no finished model"
+        raise RunError(f"{what} ({reasons}); train first, see 'hpcmlip status' and 'hpcmlip submit --retry'")
     return Found(tuple(runs), tuple(left_out))
 
 
@@ -116,12 +117,26 @@ def _unfinished(run: Path) -> str | None:
     try:
         done = json.loads((run / "done.json").read_text())
     except FileNotFoundError:
-        return "not finished (there is no done.json)"
+        return f"not finished (there is no done.json{_last_words(run)})"
     except (OSError, ValueError) as error:
         return f"done.json is unreadable ({error})"
     if done.get("state") != "finished":
         return f"its state is '{done.get('state')}', not 'finished'"
     return None if (run / MODEL_FILE).is_file() else f"there is no {MODEL_FILE}"
+
+
+def _last_words(run: Path) -> str:
+    """What happened last to a member, by its jobs, and the error in its log; empty where neither says anything."""
+    history = _lines(run.parent / "slurm" / f"{run.name}.jobs")[-1:]
+    errors = [line for line in _lines(run / "log.txt") if " ERROR " in line]
+    return "".join(f"; {words}" for words in [*(line.split(" ", 2)[-1] for line in history), *errors[-1:]])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return []
 
 
 def load_members(runs: Sequence[Path], *, device: str | torch.device = "cpu", dtype=torch.float64) -> "Ensemble":

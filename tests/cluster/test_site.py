@@ -13,9 +13,23 @@ def _load(tmp_path, text: str) -> Site:
     return load_site(path)
 
 
-@pytest.mark.parametrize("name", ["site.yaml", "site-cpu.yaml", "site-gpu.yaml"])
+PACKAGED = sorted(path.name for path in PACKAGE_FOLDER.glob("site*.yaml"))
+
+
+@pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_sites_load(name):
     assert load_site(PACKAGE_FOLDER / name).ranks >= 2
+
+
+def test_there_is_a_site_for_cpus_and_gpus_with_and_without_a_container():
+    sites = {name: load_site(PACKAGE_FOLDER / name) for name in PACKAGED}
+    assert {(site.gpus_per_node > 0, site.container is not None) for site in sites.values()} == {
+        *((False, False), (False, True)),
+        *((True, False), (True, True)),
+    }
+    for kind in ("cpu", "gpu"):  # the container changes how python starts, and nothing that Slurm is asked for
+        plain, inside = (sites[f"site-{kind}{variant}.yaml"] for variant in ("", "-apptainer"))
+        assert inside.model_copy(update={"setup": plain.setup, "container": None}) == plain
 
 
 def test_documented_site_names_every_key_with_its_default():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,30 @@ def test_a_failed_member_shows_its_error(experiment):
     error = "2026-11-21 07:00:01,000 ERROR 11 steps had non-finite numbers"
     log.write_text(f"{log.read_text()}{error}\n\n")
     assert status.read(experiment, now=START)[0].note == error
+
+
+@pytest.mark.parametrize("state", ["failed", "lost"])
+def test_the_end_of_the_log_of_a_failed_member(experiment, state):
+    what = ["started", "failed with exit code 1"] if state == "failed" else ["started"]
+    queue = {} if state == "lost" else None
+    _history(experiment, *what)
+    assert status.read(experiment, now=START, queue=queue)[0].log is None
+    output = experiment.folder / "slurm" / "train-12_0.out"
+    output.write_text("srun: error: n0: task 0: Out Of Memory\n")
+    (member,) = status.read(experiment, now=START, queue=queue)
+    assert (member.state, member.log) == (
+        state,
+        status.Tail("slurm/train-12_0.out", ("srun: error: n0: task 0: Out Of Memory",)),
+    )
+    log = experiment.run_dir(0) / "log.txt"
+    log.write_text("".join(f"2026-11-21 INFO step {i}\n" for i in range(20)))
+    (member,) = status.read(experiment, now=START, queue=queue)
+    assert member.log == status.Tail("member_00/log.txt", tuple(f"2026-11-21 INFO step {i}" for i in range(10, 20)))
+    # of an earlier start: the last one did not come so far
+    os.utime(log, (START, START))
+    assert status.read(experiment, now=START, queue=queue)[0].log.file == "slurm/train-12_0.out"
+    _history(experiment, "started")
+    assert status.read(experiment, now=START, queue=None)[0].log is None
 
 
 def test_the_best_trial_is_that_of_comparable_ones(experiment):

@@ -28,7 +28,7 @@ def config(xtb_store) -> RunConfig:
 
 def _submit(config: RunConfig, folder: Path, **arguments) -> int:
     how = How(**{key: arguments.pop(key) for key in ("site", "local", "ranks") if key in arguments}, dry_run=True)
-    defaults = {"members": 3, "sweep_file": None, "evaluate": None, "split": None, "how": how}
+    defaults = {"members": 3, "sweep_file": None, "evaluate": None, "split": None, "min_members": None, "how": how}
     return submit(config, folder, **(defaults | arguments))
 
 
@@ -108,6 +108,7 @@ def test_a_folder_that_holds_something_else_is_refused(config, tmp_path):
         ({"site": "nodes: 3"}, (ConfigError, r"3 x 2 = 6 processes a member, which does not divide")),
         ({"local": True, "ranks": 3}, (ConfigError, r"--ranks 3 does not divide train.micro_batches_per_step = 4")),
         ({"evaluate": Path("absent.zarr")}, (DataError, "absent.zarr")),
+        ({"min_members": 4}, (ConfigError, "--min-members 4 cannot be met by 3 members")),
         ({"split": "tset"}, (ConfigError, "no split 'tset'.*did you mean 'test'")),
         ({"site": "walltime: 3"}, (ConfigError, "unknown key 'walltime'")),
     ],
@@ -264,6 +265,17 @@ def test_contradicting_arguments_are_refused(cli, tmp_path, arguments, said):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_split_without_a_store_is_refused(config, tmp_path):
+@pytest.mark.parametrize("option", [{"split": "val"}, {"min_members": 2}])
+def test_a_split_or_a_minimum_without_a_store_is_refused(config, tmp_path, option):
     with pytest.raises(ConfigError, match="give --evaluate STORE with it"):
-        _submit(config, tmp_path / "e", split="val")
+        _submit(config, tmp_path / "e", **option)
+
+
+def test_the_minimum_of_members_stays_with_the_experiment(config, xtb_store, tmp_path, capsys):
+    folder = tmp_path / "e"
+    _submit(config, folder, evaluate=xtb_store, min_members=2)
+    (folder / "slurm" / "evaluate.sbatch").unlink()
+    retry(folder, How(dry_run=True))
+    assert "--min-members 2 " in (folder / "slurm" / "evaluate.sbatch").read_text()
+    retry(folder, How(dry_run=True, local=True))
+    assert "--min-members 2 " in capsys.readouterr().out

@@ -210,6 +210,25 @@ def test_unfinished_members_are_named_and_left_out(experiment, ab_initio_store, 
     assert "member_03" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_fewer_members_than_asked_for_are_refused_by_name(experiment, ab_initio_store, tmp_path, cli):
+    copy = tmp_path / "exp"
+    shutil.copytree(experiment, copy)
+    (copy / "member_01" / "done.json").unlink()
+    (copy / "member_03").mkdir()
+    (copy / "member_01" / "log.txt").write_text("INFO step 1\n2026-11-21 ERROR 11 steps had non-finite numbers\n")
+    (copy / "slurm").mkdir()
+    (copy / "slurm" / "member_03.jobs").write_text("2026-11-21T07:00:00Z 12_3 failed with exit code 137\n")
+    arguments = ["evaluate", copy, "--data", ab_initio_store, "--out", tmp_path / "out"]
+    done = cli(*arguments, "--min-members", 3, expect=1)
+    assert "2 finished models, at least 3 are needed" in done.stderr and "Traceback" not in done.output
+    assert "member_01: not finished (there is no done.json; 2026-11-21 ERROR 11 steps had" in done.stderr
+    assert "member_03: not finished (there is no done.json; failed with exit code 137)" in done.stderr
+    assert not (tmp_path / "out").exists()
+    cli(*arguments, "--min-members", 2)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "failed with exit code 137" in report and "member_01" in report
+
+
 def test_a_member_without_finite_predictions_is_named(experiment, ab_initio_store, tmp_path):
     potential, card = load_model(experiment / "member_00")
     with torch.no_grad():

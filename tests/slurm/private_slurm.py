@@ -15,7 +15,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 START_SECONDS = 60
@@ -45,7 +48,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=5,sched_interval=5,defer
-KillWait=10
+KillWait=30
 ReturnToService=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -131,6 +134,29 @@ class PrivateSlurm:
     def wait_idle(self, seconds: float) -> None:
         """Return when both nodes are idle; raises TimeoutError with their states."""
         self._wait(lambda: self._states() == ["idle", "idle"], seconds, self._states)
+
+    def processes(self, job: str | None = None) -> list[psutil.Process]:
+        """What runs on the nodes for jobs, or for one JOB or ARRAY_TASK: batch shells, srun, the processes of steps."""
+        found = []
+        for process in psutil.process_iter(["environ", "status"]):
+            env = process.info["environ"] or {}
+            if env.get("SLURM_CONF") != str(self.conf) or "SLURM_JOB_ID" not in env:
+                continue
+            array = "SLURM_ARRAY_TASK_ID" in env
+            name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
+            if job in (None, name) and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+    @contextlib.contextmanager
+    def silent_controller(self) -> Iterator[None]:
+        """slurmctld takes connections and answers nothing, as one that is overloaded does."""
+        controller = self.daemons[0]
+        controller.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            controller.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """Cancel what runs, end the daemons and whatever steps they left; touches no process but its own."""
