@@ -73,7 +73,9 @@ class DataConfig(Section):
     """Å; a conformation with two atoms closer than this is bad."""
     split: SplitConfig = SplitConfig()
     on_bad: Literal["quarantine", "fail"] = "quarantine"
-    """Bad conformations are left out and listed with file, group, row and reason, or end the run."""
+    """Bad conformations are left out and listed with file, group, row, reason and value, or end the run."""
+    check_units: bool = True
+    """Numbers that look like another unit than the reader's, or like gradients, end the run; else they are told."""
     options: dict[str, bool | int | float | str] = {}
     """Options of the reader (ANI-1: `high_energy: true`)."""
 

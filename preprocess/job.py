@@ -83,7 +83,7 @@ class Job:
     def identity(self) -> dict:
         """What the store is made of, free of this machine's paths: flat, dotted key -> value."""
         config = self.config.model_copy(update={"levels": {level.name: level.source for level in self.levels}})
-        values = config.model_dump(mode="json", exclude={"out", "sources"})
+        values = config.model_dump(mode="json", exclude={"out", "sources", "check_units"})
         return flat(values) | {"sources": [source.name for source in self.sources]}
 
 

@@ -3,7 +3,6 @@
 scan (judge every row) -> layout (pure: from counts to shards) -> write (one task, one shard) -> commit (one rename).
 """
 
-import itertools
 import json
 import logging
 import time
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from hpcmlip.data.store import SPLITS, GroupMeta
+from hpcmlip.data.store import QUARANTINE, SPLITS, GroupMeta
 from hpcmlip.errors import DataError, RunError
-from hpcmlip.preprocess import commit, consistency, layout, scan, schedule, summary, write
+from hpcmlip.preprocess import commit, consistency, duplicates, layout, scan, schedule, summary, write
 from hpcmlip.preprocess.config import DataConfig
 from hpcmlip.preprocess.files import digest, write_whole
 from hpcmlip.preprocess.job import Job, make
@@ -67,7 +66,8 @@ def _build(job: Job, groups: list[list[RawGroup]], execute: schedule.Execute, co
             console.print(f"continuing the work in {job.partial}", markup=False)
         scanned, num_units = _scan(job, groups, execute, console)
         metas, tasks = _write(job, scanned, execute, console)
-        commit.commit(job, scanned, metas, tasks, scan.quarantine(job, range(num_units)))
+        bad, repeated = scan.quarantine(job, range(num_units)), duplicates.find(job, num_units)
+        commit.commit(job, scanned, metas, tasks, bad, repeated)
         commit.discard(job)
     return scanned
 
@@ -125,11 +125,15 @@ class _BadRows:
         self.bad += bad
         self.units.append(task.unit)
         if self.bad > self.allowed:
-            first = itertools.islice(scan.quarantine(self.job, sorted(self.units)), 3)
-            examples = "; ".join(f"{file} {group} row {row}: {why} ({value})" for file, group, row, why, value in first)
-            limit = "more than 1 %" if self.allowed else "on_bad is 'fail'"
+            bad = list(scan.quarantine(self.job, sorted(self.units)))
+            report = self.job.partial / QUARANTINE
+            write_whole(report, commit.quarantine_csv(bad))
+            examples = "; ".join(
+                f"{file} {group} row {row}: {what} ({value})" for file, group, row, what, value in bad[:3]
+            )
+            why = "more than 1 %" if self.allowed else "on_bad is 'fail'"
             raise DataError(
-                f"{self.bad:,} of {self.total:,} conformations are bad so far ({limit}): {examples}; "
+                f"{self.bad:,} of {self.total:,} conformations are bad so far ({why}), listed in {report}: {examples}; "
                 "check elements, min_distance and keys of the config and the units of the sources, or mend the sources"
             )
 

@@ -129,6 +129,8 @@ def _local_client(workers: int) -> Iterator:
             threads_per_worker=1,
             processes=True,
             dashboard_address=None,
+            # the scheduler's own HTTP server all the same listens, and warns where two jobs want its usual port
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
