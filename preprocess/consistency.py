@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 LARGEST_BINDING = 25.0
 """eV an atom, mean over a data set; atomization energies of molecules are 2 to 7 eV an atom."""
-HYDROGEN = (-40.0, -3.0)
-"""eV of a fitted H atom. Fits to DFT and coupled cluster gave -16 to -17, to GFN-xTB -15; a proton affinity is -7."""
+HYDROGEN = (-100.0, -2.0)
+"""eV of a fitted H atom. Fits to DFT and coupled cluster gave -16 to -17, to GFN-xTB -14; few compositions make it
+vague. eV or kcal/mol taken for Ha, kcal/mol taken for eV: below -370; Ha taken for eV: -0.6."""
 MOST_OF_ALL_ELECTRONS = 2.0
 """Energies against the all-electron estimate: 1 where all electrons are computed, 0.07 where the valence shell is."""
 BOND = (0.6, 1.5)
