@@ -62,6 +62,8 @@ class DataConfig(Section):
     """A file in `preprocess/readers/`."""
     sources: Annotated[tuple[Path, ...], Field(min_length=1)]
     """Raw files, or glob patterns."""
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
+    """File name of a source -> what its publisher says; HDF5 itself returns some flipped bits as data."""
     out: Path
     levels: dict[LevelName, LevelSource | str] = {}
     """Level name -> its keys; a string names one of the reader's presets. Empty: the reader's default levels."""

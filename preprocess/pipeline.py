@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 MOST_BAD = 0.01
 """Part of all rows that may be quarantined."""
+DENSEST = 1000
+"""Bytes of coordinates a byte of a source; deflate packs zeros 1000 times, real coordinates hardly twice."""
 
 
 def shard(config: DataConfig, *, scheduler: str = "processes", workers: int | None = None) -> None:
@@ -75,9 +77,15 @@ def _build(job: Job, groups: list[list[RawGroup]], execute: schedule.Execute, co
 def _list_groups(job: Job) -> list[list[RawGroup]]:
     """Groups of every source; a missing key or file ends the run before work starts."""
     groups = []
-    for source in range(len(job.sources)):
-        with job.open(source) as file:
+    for i, source in enumerate(job.sources):
+        with job.open(i) as file:
             groups.append(file.groups())
+        claimed = sum(12 * group.rows * group.num_atoms for group in groups[-1])
+        if claimed > DENSEST * source.size:
+            raise DataError(
+                f"the source {source.path} of {source.size:,} bytes claims to hold {claimed:,} bytes of coordinates: "
+                "never written, or a file that is made to fill the disk; fetch it again"
+            )
     if not any(group.rows for listing in groups for group in listing):
         raise DataError(f"the sources hold no conformation: {', '.join(str(s.path) for s in job.sources)}")
     return groups
@@ -106,10 +114,22 @@ def _scan(job: Job, groups, execute, console: Console) -> tuple[scan.Scanned, in
     watch = _BadRows(job, sum(task.cost for task in units))
     digests = [DigestTask(job, source) for source in range(len(job.sources))]
     _run(_first_pass, [*digests, *units], execute, console, "reading", done=watch)
+    _check_digests(job)
     scanned = scan.gather(job, len(units))
     _judge(job, scanned)
     write_whole(job.work / "molecules.json", json.dumps(scanned.molecules).encode())
     return scanned, len(units)
+
+
+def _check_digests(job: Job) -> None:
+    """Raises DataError for a source that is not what the config says."""
+    for i, source in enumerate(job.sources):
+        found, expected = commit.source_digest(job, i), job.config.sha256.get(source.path.name)
+        if expected is not None and found != expected:
+            raise DataError(
+                f"the source {source.path} has the sha256 {found}, the config expects {expected}: damaged or another "
+                "version, fetch it again"
+            )
 
 
 class _BadRows:
