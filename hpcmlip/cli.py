@@ -31,6 +31,11 @@ class Scheduler(StrEnum):
     SLURM = "slurm"
 
 
+class OnBad(StrEnum):
+    QUARANTINE = "quarantine"
+    FAIL = "fail"
+
+
 class DataSet(StrEnum):
     ANI_1 = "ani-1"
     ANI_1X = "ani-1x"
@@ -45,6 +50,12 @@ def shard(
         Scheduler, typer.Option(help="Where the work runs: processes of this machine, MPI ranks, Slurm jobs.")
     ] = Scheduler.PROCESSES,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes or jobs; default: one per core.")] = None,
+    on_bad: Annotated[
+        OnBad | None,
+        typer.Option(
+            help="Bad conformations: leave out and list them (up to 1 %), or end. Default: as DATA.yaml says."
+        ),
+    ] = None,
 ):
     """Raw files -> zarr graph store. Run it again after any interruption: it continues."""
     from hpcmlip.preprocess import schedule
@@ -55,7 +66,8 @@ def shard(
     from hpcmlip.preprocess import pipeline
     from hpcmlip.preprocess.config import DataConfig
 
-    pipeline.shard(load(DataConfig, data, overrides or ()), scheduler=scheduler.value, workers=workers)
+    settings = [*(overrides or ()), *([f"on_bad={on_bad}"] if on_bad else [])]
+    pipeline.shard(load(DataConfig, data, settings), scheduler=scheduler.value, workers=workers)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from ase.data import covalent_radii
 
 from hpcmlip import lattice
 from hpcmlip.data.adjacency import LARGEST, squared_distances
@@ -23,6 +24,8 @@ class Verdict:
     """[R] uint64 label masks."""
     bad: dict[int, tuple[str, str]]
     """Row -> (reason, value)."""
+    bonds: np.ndarray
+    """[R] distance of the two nearest atoms over the sum of their covalent radii; NaN where that is not known."""
 
 
 def judge(rows: Rows, job: Job) -> Verdict:
@@ -39,8 +42,9 @@ def judge(rows: Rows, job: Job) -> Verdict:
         names = " ".join(SYMBOLS[z] if 0 < z < len(SYMBOLS) else str(z) for z in unknown)
         mark(np.ones(R, dtype=bool), "unknown element", names)
     finite = np.isfinite(rows.pos).all(axis=(1, 2))
-    mark(~finite, "position not finite", "nan or inf")
+    mark(~finite, "position not finite", lambda row: _first_bad(rows.pos[row]))
     pos = np.where(finite[:, None, None], rows.pos, 0)
+    bonds = np.full(R, np.nan)
     if rows.pbc is not None and rows.pbc.any():
         flat = lattice.lacks_volume(rows.cell, rows.pbc)
         mark(flat, "cell without volume", lambda row: rows.cell[row].tolist())
@@ -48,7 +52,9 @@ def judge(rows: Rows, job: Job) -> Verdict:
         periodic = np.where(flat[:, None], False, rows.pbc)
         nearest = lattice.nearest_distances(pos, rows.cell, periodic, max(job.config.min_distance, SHORT))
     else:
-        nearest = nearest_distances(pos)
+        nearest, i, j = nearest_pairs(pos)
+        radii = covalent_radii[np.where((rows.numbers > 0) & (rows.numbers < len(covalent_radii)), rows.numbers, 0)]
+        bonds[finite] = (nearest / (radii[i] + radii[j]))[finite]
     mark(finite & (nearest < job.config.min_distance), "atoms too close", lambda row: f"{nearest[row]:.4f}")
     labels = np.zeros(R, dtype=np.uint64)
     for i, level in enumerate(job.levels):
@@ -57,25 +63,38 @@ def judge(rows: Rows, job: Job) -> Verdict:
         labels[np.isfinite(energy)] |= np.uint64(energy_bit(i))
     for plane, i in enumerate(job.force_levels):
         forces, name = rows.forces[:, plane].reshape(R, -1), job.levels[i].name
-        mark(np.isinf(forces).any(axis=1), f"{name} forces infinite", "inf")
+        infinite = np.isinf(forces).any(axis=1)
+        mark(infinite, f"{name} forces infinite", lambda row, f=forces: _first_bad(f[row].reshape(-1, 3)))
         missing = np.isnan(forces).sum(axis=1)
         partly = (missing > 0) & (missing < forces.shape[1])
         mark(
             partly, f"{name} forces partly NaN", lambda row, m=missing, n=forces.shape[1]: f"{m[row]} of {n} components"
         )
         labels[missing == 0] |= np.uint64(forces_bit(i))
-    return Verdict(labels, bad)
+    return Verdict(labels, bad, bonds)
 
 
-def nearest_distances(pos: np.ndarray) -> np.ndarray:
-    """[R, N, 3] finite Å -> [R] distance of the two nearest atoms; inf for a single atom."""
+def _first_bad(values: np.ndarray) -> str:
+    """Of [N, 3]: where the first component that is not finite stands."""
+    atom, axis = np.argwhere(~np.isfinite(values))[0]
+    return f"{values[atom, axis]} in {'xyz'[axis]} of atom {atom}"
+
+
+def nearest_pairs(pos: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[R, N, 3] finite Å -> [R] distance of the two nearest atoms, [R] and [R] who they are; inf for a single atom."""
     R, N = pos.shape[:2]
     if N == 1:
-        return np.full(R, np.inf)
+        return np.full(R, np.inf), np.zeros(R, dtype=int), np.zeros(R, dtype=int)
     if N > LARGEST:
         from scipy.spatial import cKDTree  # a tenth of a second that few data sets need
 
-        return np.array([cKDTree(x).query(x, k=2)[0][:, 1].min() for x in pos])
+        found = [cKDTree(x).query(x, k=2) for x in pos]
+        i = np.array([distances[:, 1].argmin() for distances, _ in found])
+        row = zip(found, i, strict=True)
+        distance, j = zip(*((distances[k, 1], others[k, 1]) for (distances, others), k in row), strict=True)
+        return np.array(distance), i, np.array(j)
     square = squared_distances(pos)
     square[:, np.arange(N), np.arange(N)] = np.inf
-    return np.sqrt(square.min(axis=(1, 2)))
+    square = square.reshape(R, N * N)
+    nearest = square.argmin(axis=1)
+    return np.sqrt(square[np.arange(R), nearest]), *np.divmod(nearest, N)

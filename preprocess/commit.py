@@ -20,10 +20,22 @@ from zarr.errors import ZarrUserWarning
 
 import hpcmlip
 from hpcmlip.data import offsets, store
-from hpcmlip.data.store import MANIFEST, MOLECULES_SCHEMA, SCHEMA, GroupMeta, Meta, Offsets, Source
+from hpcmlip.data.store import (
+    DUPLICATES,
+    DUPLICATES_ATTRIBUTE,
+    MANIFEST,
+    MOLECULES_SCHEMA,
+    QUARANTINE,
+    SCHEMA,
+    GroupMeta,
+    Meta,
+    Offsets,
+    Source,
+)
 from hpcmlip.errors import ConfigError, DataError, RunError, UserError
 from hpcmlip.files import flush
 from hpcmlip.preprocess import arrays
+from hpcmlip.preprocess.duplicates import Duplicates
 from hpcmlip.preprocess.files import digest, entry, write_whole
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.layout import WriteTask
@@ -33,7 +45,6 @@ log = logging.getLogger(__name__)
 
 IDENTITY = "hpcmlip_shard"
 """Attribute of the root group: the config that made the store."""
-QUARANTINE = "quarantine.csv"
 
 
 @contextmanager
@@ -138,7 +149,14 @@ def create_arrays(job: Job, groups: Iterable[GroupMeta], *, periodic: bool) -> N
                 arrays.create(job.store, f"{group.path}/{spec.name}", spec, group, group.rows)
 
 
-def commit(job: Job, scanned: Scanned, groups: tuple[GroupMeta, ...], tasks: list[WriteTask], bad: Iterable) -> None:
+def commit(
+    job: Job,
+    scanned: Scanned,
+    groups: tuple[GroupMeta, ...],
+    tasks: list[WriteTask],
+    bad: Iterable,
+    repeated: Duplicates,
+) -> None:
     """Metadata, manifest, and the rename that makes it a store."""
     # a worker that was killed and replaced in this pass may have left some
     sweep(job)
@@ -149,12 +167,14 @@ def commit(job: Job, scanned: Scanned, groups: tuple[GroupMeta, ...], tasks: lis
     arrays.create_molecules(job.store, molecules.view(np.uint8).reshape(-1, width))
     meta = _meta(job, scanned, groups, parts)
     root = zarr.open_group(job.store, mode="r+")
-    root.attrs.put({"hpcmlip": meta.as_json(), IDENTITY: job.identity()})
+    counted = {"structures": repeated.structures, "across_splits": repeated.across_splits}
+    root.attrs.put({"hpcmlip": meta.as_json(), IDENTITY: job.identity(), DUPLICATES_ATTRIBUTE: counted})
     with warnings.catch_warnings():
         # consolidated metadata is no part of the v3 specification yet; zarr itself reads it
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.consolidate_metadata(job.store)
-    write_whole(job.store / QUARANTINE, _csv(bad))
+    write_whole(job.store / QUARANTINE, quarantine_csv(bad))
+    write_whole(job.store / DUPLICATES, repeated.as_csv())
     found = dict(sorted((files | _other_files(job, files)).items()))
     manifest = {"digest": store.manifest_digest(found), "files": found}
     write_whole(job.store / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -205,7 +225,8 @@ def source_digest(job: Job, source: int) -> str:
     return (job.work / "sources" / f"{source:05d}.sha256").read_text()
 
 
-def _csv(bad: Iterable) -> bytes:
+def quarantine_csv(bad: Iterable) -> bytes:
+    """The report of bad rows, as `scan.quarantine` lists them."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "group", "row", "reason", "value"])
@@ -214,7 +235,7 @@ def _csv(bad: Iterable) -> bytes:
 
 
 def _other_files(job: Job, known: dict[str, dict]) -> dict[str, dict]:
-    """Entries of the files that no task wrote: metadata, molecules, quarantine."""
+    """Entries of the files that no task wrote: metadata, molecules, reports."""
     paths = [path for path in job.store.rglob("*") if path.is_file() and path.name != MANIFEST]
     names = {str(path.relative_to(job.store)): path for path in paths}
     return {name: entry(path) for name, path in names.items() if name not in known}

@@ -62,6 +62,8 @@ class DataConfig(Section):
     """A file in `preprocess/readers/`."""
     sources: Annotated[tuple[Path, ...], Field(min_length=1)]
     """Raw files, or glob patterns."""
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
+    """File name of a source -> what its publisher says; HDF5 itself returns some flipped bits as data."""
     out: Path
     levels: dict[LevelName, LevelSource | str] = {}
     """Level name -> its keys; a string names one of the reader's presets. Empty: the reader's default levels."""
@@ -73,7 +75,9 @@ class DataConfig(Section):
     """Å; a conformation with two atoms closer than this is bad."""
     split: SplitConfig = SplitConfig()
     on_bad: Literal["quarantine", "fail"] = "quarantine"
-    """Bad conformations are left out and listed with file, group, row and reason, or end the run."""
+    """Bad conformations are left out and listed with file, group, row, reason and value, or end the run."""
+    check_units: bool = True
+    """Numbers that look like another unit than the reader's, or like gradients, end the run; else they are told."""
     options: dict[str, bool | int | float | str] = {}
     """Options of the reader (ANI-1: `high_energy: true`)."""
 

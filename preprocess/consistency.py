@@ -1,56 +1,97 @@
-"""Do the numbers of a file look like the units and the sign that the reader takes them for? Sums per level, additive.
+"""Do the numbers of a file look like the units and the sign that the reader takes them for? Additive sums, no metadata.
 
-Two observations that need no metadata: bound atoms lie a few eV below isolated ones, and along a short way from one
-conformation of a molecule to the next the work of the mean force is minus the change of energy.
+Where isolated atoms are known, bound atoms lie a few eV below them. Where they are not, energies fitted to the
+composition give H some -13.6 eV, and no total energy lies far below that of all electrons. The nearest two atoms of a
+structure are about a bond apart. Along a short way from one conformation of a molecule to the next, the work of the
+mean force is minus the change of energy.
 """
 
 import logging
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 
 from hpcmlip.data import offsets
+from hpcmlip.data.store import Offsets
 from hpcmlip.errors import DataError
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.readers import Rows
+from hpcmlip.units import HARTREE
 
 log = logging.getLogger(__name__)
 
 LARGEST_BINDING = 25.0
 """eV an atom, mean over a data set; atomization energies of molecules are 2 to 7 eV an atom."""
+HYDROGEN = (-100.0, -2.0)
+"""eV of a fitted H atom. Fits to DFT and coupled cluster gave -16 to -17, to GFN-xTB -14; few compositions make it
+vague. eV or kcal/mol taken for Ha, kcal/mol taken for eV: below -370; Ha taken for eV: -0.6."""
+MOST_OF_ALL_ELECTRONS = 2.0
+"""Energies against the all-electron estimate: 1 where all electrons are computed, 0.07 where the valence shell is."""
+BOND = (0.6, 1.5)
+"""Nearest distance against the sum of covalent radii, mean over a data set; some 1.9 in bohr."""
 SHORT_WAY = 0.3
 """Å, root mean square displacement of the atoms of two conformations that are compared."""
 LEAP = 3.0
 """Å; no atom moves as far between two conformations that are compared."""
-ENOUGH_PAIRS = 30
-COLUMNS = 6
-"""Number and sum of (E - isolated atoms) / N; number, Σab, Σa², Σb² of pairs with a = -ΔE and b = F·ΔR."""
+ENOUGH = 30
+"""Pairs of conformations, or conformations, from which something is concluded."""
 
 
-def nothing(num_levels: int) -> np.ndarray:
-    return np.zeros((num_levels, COLUMNS))
+@dataclass(frozen=True)
+class Sums:
+    """Over rows; L levels. They add up over units."""
+
+    binding: np.ndarray
+    """[L, 2] number and sum of (E - isolated atoms) / N where these are known."""
+    work: np.ndarray
+    """[L, 4] number, Σab, Σa², Σb² of pairs with a = -ΔE and b = F·ΔR."""
+    bonds: np.ndarray
+    """[2] number and sum of nearest distances over covalent radii."""
+    fits: tuple[Offsets, ...]
+    """Composition against total energy; empty where isolated atoms are known."""
+
+    def __add__(self, other: "Sums") -> "Sums":
+        E = len(self.fits[0].atb)
+        fits = tuple(offsets.add(pair, E) for pair in zip(self.fits, other.fits, strict=True))
+        return Sums(self.binding + other.binding, self.work + other.work, self.bonds + other.bonds, fits)
+
+    def as_json(self) -> dict:
+        arrays = {f.name: getattr(self, f.name).tolist() for f in fields(self) if f.name != "fits"}
+        return arrays | {"fits": [astuple(fit) for fit in self.fits]}
+
+    @staticmethod
+    def from_json(values: dict) -> "Sums":
+        arrays = {name: np.array(part) for name, part in values.items() if name != "fits"}
+        return Sums(**arrays, fits=tuple(Offsets(*fit) for fit in values["fits"]))
 
 
-def add(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return one + other
+def nothing(job: Job) -> Sums:
+    L = len(job.levels)
+    fits = tuple(offsets.add([], len(job.elements)) for _ in job.levels)
+    return Sums(np.zeros((L, 2)), np.zeros((L, 4)), np.zeros(2), fits)
 
 
-def measure(job: Job, rows: Rows, kept: np.ndarray) -> np.ndarray:
-    """[L, 6] of R rows, `kept` [R] bool of them."""
-    sums = nothing(len(job.levels))
-    known = list(job.elements)
+def measure(job: Job, rows: Rows, kept: np.ndarray, bonds: np.ndarray) -> Sums:
+    """Of R rows, `kept` [R] bool of them, with `bonds` [R] as `checks.Verdict` has them."""
+    sums = nothing(job)
     if not kept.any():
         return sums
+    known, fits = list(job.elements), list(sums.fits)
     counts = np.array([np.count_nonzero(rows.numbers == z) for z in known])
-    for i, level in enumerate(job.store_levels()):
-        energy = rows.energy[:, i]
-        labelled = kept & np.isfinite(energy)
-        if offsets.knows_isolated(level, known) and labelled.any():
-            binding = (energy[labelled] - counts @ offsets.isolated_energies(level, known)) / len(rows.numbers)
-            sums[i, :2] = len(binding), binding.sum()
     near = _neighbours(rows, kept)
+    for i, level in enumerate(job.store_levels()):
+        labelled = kept & np.isfinite(rows.energy[:, i])
+        energy = rows.energy[labelled, i]
+        if not offsets.knows_isolated(level, known):
+            fits[i] = offsets.accumulate(np.tile(counts, (len(energy), 1)), energy)
+        elif len(energy):
+            binding = (energy - counts @ offsets.isolated_energies(level, known)) / len(rows.numbers)
+            sums.binding[i] = len(binding), binding.sum()
     for plane, i in enumerate(job.force_levels):
-        sums[i, 2:] = _work(rows, near, rows.energy[:, i], rows.forces[:, plane])
-    return sums
+        sums.work[i] = _work(rows, near, rows.energy[:, i], rows.forces[:, plane])
+    told = kept & np.isfinite(bonds)
+    return Sums(sums.binding, sums.work, np.array([told.sum(), bonds[told].sum()]), tuple(fits))
 
 
 def _neighbours(rows: Rows, kept: np.ndarray) -> np.ndarray:
@@ -75,22 +116,83 @@ def _work(rows: Rows, near: np.ndarray, energy: np.ndarray, forces: np.ndarray) 
     return len(a), a @ b, a @ a, b @ b
 
 
-def check(job: Job, sums: np.ndarray) -> None:
-    """Raises DataError for gradients and for energies in another unit; warns about forces in another unit."""
-    for level, (count, binding, pairs, ab, aa, bb) in zip(job.levels, sums.tolist(), strict=True):
+def check(job: Job, sums: Sums) -> None:
+    """Warn of what looks odd; raises DataError for what looks wrong, unless the config lets that pass."""
+    problems = list(_wrong(job, sums))
+    if problems and job.config.check_units:
+        raise DataError(
+            f"{'; '.join(problems)}. Convert the file, or take a reader and levels that fit it; if all is as it "
+            "should be, 'check_units: false' lets it pass"
+        )
+    for text in [*problems, *_odd(job, sums)]:
+        log.warning("%s", text)
+
+
+def _wrong(job: Job, sums: Sums) -> Iterator[str]:
+    bonds, length = sums.bonds
+    if bonds >= ENOUGH and not BOND[0] < length / bonds < BOND[1]:
+        yield (
+            f"the two nearest atoms of a structure are on average {length / bonds:.2f} bond lengths apart: probably "
+            "the coordinates are in another unit than Å (bohr would give 1.9)"
+        )
+    for level, (count, binding), work, fit in zip(job.levels, sums.binding, sums.work, sums.fits, strict=True):
         if count and abs(binding / count) > LARGEST_BINDING:
-            raise DataError(
+            yield (
                 f"the energies of level '{level.name}' are on average {binding / count:.0f} eV an atom away from "
                 "the isolated atoms: probably in another unit than the reader takes them for, or atomic_energies "
                 "belongs to another level of theory"
             )
-        if pairs < ENOUGH_PAIRS or not aa * bb:
-            continue
-        cosine, slope = ab / (aa * bb) ** 0.5, ab / bb
+        elif fit.count >= ENOUGH:
+            yield from _wrong_energies(job, level.name, fit)
+        cosine, _ = _slope(work)
         if cosine < -0.5:
-            raise DataError(
-                f"the forces of level '{level.name}' point uphill (F·ΔR against -ΔE over {pairs:.0f} pairs of "
+            yield (
+                f"the forces of level '{level.name}' point uphill (F·ΔR against -ΔE over {work[0]:.0f} pairs of "
                 f"conformations: correlation {cosine:.2f}): probably gradients, take a reader that turns the sign"
             )
+
+
+def _wrong_energies(job: Job, level: str, fit: Offsets) -> Iterator[str]:
+    hydrogen, ratio = _fitted_hydrogen(job, fit), _of_all_electrons(job, fit)
+    if hydrogen is not None and hydrogen < HYDROGEN[0]:
+        found = f"give an H atom {hydrogen:.1f} eV by least squares on the composition, expected about -13.6 eV"
+    elif ratio > MOST_OF_ALL_ELECTRONS:
+        found = f"are {ratio:.1f} times what all electrons of these atoms have"
+    else:
+        return
+    yield f"the energies of level '{level}' {found}: probably in another unit than the reader takes them for"
+
+
+def _odd(job: Job, sums: Sums) -> Iterator[str]:
+    for level, work, fit in zip(job.levels, sums.work, sums.fits, strict=True):
+        hydrogen = _fitted_hydrogen(job, fit) if fit.count >= ENOUGH else None
+        if hydrogen is not None and hydrogen > HYDROGEN[1]:
+            yield (
+                f"level '{level.name}': least squares on the composition give an H atom {hydrogen:.2f} eV, total "
+                "energies about -13.6 eV; check the unit, unless the energies are relative to something"
+            )
+        cosine, slope = _slope(work)
         if cosine > 0.9 and not 0.7 < slope < 1.4:
-            log.warning("level '%s': -ΔE is %.2f times F·ΔR; check the units of the forces", level.name, slope)
+            yield f"level '{level.name}': -ΔE is {slope:.2f} times F·ΔR; check the units of forces and coordinates"
+
+
+def _slope(work: np.ndarray) -> tuple[float, float]:
+    """(correlation, slope) of -ΔE against F·ΔR; (0, 1) where there are too few pairs."""
+    pairs, ab, aa, bb = work.tolist()
+    return (ab / (aa * bb) ** 0.5, ab / bb) if pairs >= ENOUGH and aa * bb else (0.0, 1.0)
+
+
+def _fitted_hydrogen(job: Job, fit: Offsets) -> float | None:
+    """eV; None where the compositions do not tell H from the other elements."""
+    if 1 not in job.elements:
+        return None
+    h, ata = job.elements.index(1), np.asarray(fit.ata)
+    known = np.linalg.pinv(ata, rcond=1e-10, hermitian=True) @ ata  # projection on what the compositions determine
+    return float(offsets.atomic_energies(fit)[0][h]) if abs(known[h, h] - 1) < 1e-6 else None
+
+
+def _of_all_electrons(job: Job, fit: Offsets) -> float:
+    """Energies over -0.5 Z^2.4 Ha an atom (Thomas-Fermi with its exponent rounded up: C -36.9, Cl -449), by least
+    squares."""
+    electrons = -0.5 * HARTREE * np.array(job.elements, dtype=np.float64) ** 2.4
+    return float(electrons @ np.array(fit.atb) / (electrons @ np.asarray(fit.ata) @ electrons))

@@ -83,7 +83,7 @@ class Job:
     def identity(self) -> dict:
         """What the store is made of, free of this machine's paths: flat, dotted key -> value."""
         config = self.config.model_copy(update={"levels": {level.name: level.source for level in self.levels}})
-        values = config.model_dump(mode="json", exclude={"out", "sources"})
+        values = config.model_dump(mode="json", exclude={"out", "sources", "sha256", "check_units"})
         return flat(values) | {"sources": [source.name for source in self.sources]}
 
 
@@ -94,7 +94,11 @@ def make(config: DataConfig) -> Job:
     levels = _levels(config, reader)
     if len(levels) > MOST_LEVELS:
         raise ConfigError(f"levels: {len(levels)} levels of theory, a store holds at most {MOST_LEVELS}")
-    return Job(config, levels, _sources(config))
+    sources = _sources(config)
+    unknown = sorted(set(config.sha256) - {source.path.name for source in sources})
+    if unknown:
+        raise ConfigError(f"sha256 names {', '.join(unknown)}, and no source has that file name")
+    return Job(config, levels, sources)
 
 
 def _levels(config: DataConfig, reader) -> tuple[RawLevel, ...]:

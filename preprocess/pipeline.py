@@ -3,7 +3,6 @@
 scan (judge every row) -> layout (pure: from counts to shards) -> write (one task, one shard) -> commit (one rename).
 """
 
-import itertools
 import json
 import logging
 import time
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from hpcmlip.data.store import SPLITS, GroupMeta
+from hpcmlip.data.store import QUARANTINE, SPLITS, GroupMeta
 from hpcmlip.errors import DataError, RunError
-from hpcmlip.preprocess import commit, consistency, layout, scan, schedule, summary, write
+from hpcmlip.preprocess import commit, consistency, duplicates, layout, scan, schedule, summary, write
 from hpcmlip.preprocess.config import DataConfig
 from hpcmlip.preprocess.files import digest, write_whole
 from hpcmlip.preprocess.job import Job, make
@@ -26,6 +25,8 @@ log = logging.getLogger(__name__)
 
 MOST_BAD = 0.01
 """Part of all rows that may be quarantined."""
+DENSEST = 1000
+"""Bytes of coordinates a byte of a source; deflate packs zeros 1000 times, real coordinates hardly twice."""
 
 
 def shard(config: DataConfig, *, scheduler: str = "processes", workers: int | None = None) -> None:
@@ -67,7 +68,8 @@ def _build(job: Job, groups: list[list[RawGroup]], execute: schedule.Execute, co
             console.print(f"continuing the work in {job.partial}", markup=False)
         scanned, num_units = _scan(job, groups, execute, console)
         metas, tasks = _write(job, scanned, execute, console)
-        commit.commit(job, scanned, metas, tasks, scan.quarantine(job, range(num_units)))
+        bad, repeated = scan.quarantine(job, range(num_units)), duplicates.find(job, num_units)
+        commit.commit(job, scanned, metas, tasks, bad, repeated)
         commit.discard(job)
     return scanned
 
@@ -75,9 +77,15 @@ def _build(job: Job, groups: list[list[RawGroup]], execute: schedule.Execute, co
 def _list_groups(job: Job) -> list[list[RawGroup]]:
     """Groups of every source; a missing key or file ends the run before work starts."""
     groups = []
-    for source in range(len(job.sources)):
-        with job.open(source) as file:
+    for i, source in enumerate(job.sources):
+        with job.open(i) as file:
             groups.append(file.groups())
+        claimed = sum(12 * group.rows * group.num_atoms for group in groups[-1])
+        if claimed > DENSEST * source.size:
+            raise DataError(
+                f"the source {source.path} of {source.size:,} bytes claims to hold {claimed:,} bytes of coordinates: "
+                "never written, or a file that is made to fill the disk; fetch it again"
+            )
     if not any(group.rows for listing in groups for group in listing):
         raise DataError(f"the sources hold no conformation: {', '.join(str(s.path) for s in job.sources)}")
     return groups
@@ -106,10 +114,22 @@ def _scan(job: Job, groups, execute, console: Console) -> tuple[scan.Scanned, in
     watch = _BadRows(job, sum(task.cost for task in units))
     digests = [DigestTask(job, source) for source in range(len(job.sources))]
     _run(_first_pass, [*digests, *units], execute, console, "reading", done=watch)
+    _check_digests(job)
     scanned = scan.gather(job, len(units))
     _judge(job, scanned)
     write_whole(job.work / "molecules.json", json.dumps(scanned.molecules).encode())
     return scanned, len(units)
+
+
+def _check_digests(job: Job) -> None:
+    """Raises DataError for a source that is not what the config says."""
+    for i, source in enumerate(job.sources):
+        found, expected = commit.source_digest(job, i), job.config.sha256.get(source.path.name)
+        if expected is not None and found != expected:
+            raise DataError(
+                f"the source {source.path} has the sha256 {found}, the config expects {expected}: damaged or another "
+                "version, fetch it again"
+            )
 
 
 class _BadRows:
@@ -125,11 +145,15 @@ class _BadRows:
         self.bad += bad
         self.units.append(task.unit)
         if self.bad > self.allowed:
-            first = itertools.islice(scan.quarantine(self.job, sorted(self.units)), 3)
-            examples = "; ".join(f"{file} {group} row {row}: {why} ({value})" for file, group, row, why, value in first)
-            limit = "more than 1 %" if self.allowed else "on_bad is 'fail'"
+            bad = list(scan.quarantine(self.job, sorted(self.units)))
+            report = self.job.partial / QUARANTINE
+            write_whole(report, commit.quarantine_csv(bad))
+            examples = "; ".join(
+                f"{file} {group} row {row}: {what} ({value})" for file, group, row, what, value in bad[:3]
+            )
+            why = "more than 1 %" if self.allowed else "on_bad is 'fail'"
             raise DataError(
-                f"{self.bad:,} of {self.total:,} conformations are bad so far ({limit}): {examples}; "
+                f"{self.bad:,} of {self.total:,} conformations are bad so far ({why}), listed in {report}: {examples}; "
                 "check elements, min_distance and keys of the config and the units of the sources, or mend the sources"
             )
 

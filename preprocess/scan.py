@@ -1,7 +1,7 @@
 """First pass: every row is read once and judged. What the second pass must know of it is kept in small files.
 
 A unit is a run of row ranges (pieces) of some tens of thousands of rows; its result is `scan/00012.npz` with, for each
-atom count, the row's split, label mask and molecule, and `scan/00012.json`, the receipt, written last.
+atom count, the row's split, label mask, molecule and fingerprint, and `scan/00012.json`, the receipt, written last.
 """
 
 import io
@@ -15,8 +15,8 @@ import numpy as np
 
 from hpcmlip.data import splits
 from hpcmlip.data.store import SPLITS
-from hpcmlip.preprocess import consistency
-from hpcmlip.preprocess.checks import judge
+from hpcmlip.preprocess import consistency, fingerprints
+from hpcmlip.preprocess.checks import Verdict, judge
 from hpcmlip.preprocess.files import digest, matches, write_whole
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.readers import RawGroup, Rows
@@ -111,31 +111,33 @@ def run(task: ScanTask) -> int:
     job, columns, keys = task.job, {}, {}
     bad: list[list] = []
     periodic = False
-    sums = consistency.nothing(len(job.levels))
+    sums = consistency.nothing(job)
     opened: dict = {}
     try:
         for number, piece in enumerate(task.pieces):
             if piece.source not in opened:
                 opened[piece.source] = job.open(piece.source)
             rows = opened[piece.source].read(piece.group, piece.start, piece.stop)
-            part = _scan_piece(job, piece, rows, keys, bad)
+            verdict = judge(rows, job)
+            part = _scan_piece(job, piece, rows, verdict, keys, bad)
             part["row"] = np.arange(piece.start, piece.stop, dtype=np.uint32)
             part["piece"] = np.full(len(part["row"]), number, dtype=np.uint32)
             for name, values in part.items():
                 columns.setdefault(piece.group.num_atoms, {}).setdefault(name, []).append(values)
             kept = part["split"] != LEFT_OUT
             periodic = periodic or (rows.pbc is not None and bool(rows.pbc[kept].any()))
-            sums = consistency.add(sums, consistency.measure(job, rows, kept))
+            sums += consistency.measure(job, rows, kept, verdict.bonds)
     finally:
         for file in opened.values():
             file.close()
-    _write(task, columns, keys, {"periodic": periodic, "bad": bad, "sums": sums.tolist()})
+    _write(task, columns, keys, {"periodic": periodic, "bad": bad, "sums": sums.as_json()})
     return len(bad)
 
 
-def _scan_piece(job: Job, piece: Piece, rows: Rows, keys: dict[str, int], bad: list[list]) -> dict[str, np.ndarray]:
-    """split, labels, molecule (index into this unit's `keys`) of each row; bad ones are appended to `bad`."""
-    verdict = judge(rows, job)
+def _scan_piece(
+    job: Job, piece: Piece, rows: Rows, verdict: Verdict, keys: dict[str, int], bad: list[list]
+) -> dict[str, np.ndarray]:
+    """split, labels, molecule (index into this unit's `keys`) and fingerprint of each row; `bad` gets the bad ones."""
     split = _split(job, piece, rows)
     split[verdict.labels == 0] = LEFT_OUT
     for row, (reason, value) in sorted(verdict.bad.items()):
@@ -145,7 +147,8 @@ def _scan_piece(job: Job, piece: Piece, rows: Rows, keys: dict[str, int], bad: l
     molecule = np.zeros(len(split), dtype=np.uint32)
     distinct, where = np.unique(rows.molecule[kept], return_inverse=True)
     molecule[kept] = np.array([keys.setdefault(str(key), len(keys)) for key in distinct], dtype=np.uint32)[where]
-    return {"split": split, "labels": verdict.labels, "molecule": molecule}
+    found = {"split": split, "labels": verdict.labels, "molecule": molecule}
+    return found | {"fingerprint": fingerprints.of(rows)}
 
 
 def _split(job: Job, piece: Piece, rows: Rows) -> np.ndarray:
@@ -194,8 +197,7 @@ class Scanned:
     num_bad: int
     periodic: bool
     """Is any kept structure?"""
-    sums: np.ndarray
-    """See `consistency`."""
+    sums: consistency.Sums
 
     @property
     def num_kept(self) -> int:
@@ -213,14 +215,14 @@ class Scanned:
 def gather(job: Job, num_units: int) -> Scanned:
     """Read the receipts of all units."""
     rows, num_bad, periodic, counts, keys = 0, 0, False, [], set()
-    sums = consistency.nothing(len(job.levels))
+    sums = consistency.nothing(job)
     for unit in range(num_units):
         receipt = json.loads(receipt_path(job, unit).read_bytes())
         rows += receipt["rows"]
         num_bad += len(receipt["bad"])
         periodic = periodic or receipt["periodic"]
         counts.append({tuple(key): count for *key, count in receipt["counts"]})
-        sums = consistency.add(sums, np.array(receipt["sums"]))
+        sums += consistency.Sums.from_json(receipt["sums"])
         with np.load(arrays_path(job, unit)) as arrays:
             keys.update(arrays["keys"].tolist())
     return Scanned(rows, tuple(counts), tuple(sorted(keys)), num_bad, periodic, sums)

@@ -16,6 +16,8 @@ ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", 
 IN_FLIGHT = 4
 """Tasks a worker that are handed to Dask at a time: memory of the scheduler stays bounded."""
 
+STARTS = 3
+
 Done = Callable[[object, object], None]
 """Called with each finished task and its receipt."""
 Execute = Callable[[Callable, Sequence, Done], None]
@@ -110,7 +112,7 @@ def _cores() -> int:
 @contextmanager
 def _local_client(workers: int) -> Iterator:
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     warm_up()
     quiet = {
@@ -122,18 +124,30 @@ def _local_client(workers: int) -> Iterator:
         "distributed.worker.memory.terminate": False,
         "distributed.nanny.environ": ONE_THREAD,
     }
-    with (
-        dask.config.set(quiet),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with dask.config.set(quiet), _local_cluster(workers) as cluster, Client(cluster) as client:
         yield client
+
+
+def _local_cluster(workers: int):
+    """A started `LocalCluster`. Dask replaces a worker that dies, but gives up on one that dies while it starts."""
+    from distributed import LocalCluster
+
+    for _ in range(STARTS):
+        try:
+            return LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                # its scheduler has an HTTP server all the same, and warns where two jobs want its usual port
+                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+                silence_logs=logging.CRITICAL,
+            )
+        except RuntimeError as error:
+            died = error
+    raise RunError(
+        f"workers died {STARTS} times while they started ({died}): out of memory? Try fewer --workers"
+    ) from died
 
 
 def _on_client(client) -> Execute:

@@ -1,12 +1,14 @@
 """What `hpcmlip shard` tells at the end."""
 
+import csv
+from collections import Counter
 from pathlib import Path
 
 from rich.table import Table
 
 from hpcmlip.data import store as stores
-from hpcmlip.data.inspection import level_table, split_counts, wide_console
-from hpcmlip.data.store import SPLITS
+from hpcmlip.data.inspection import duplicates_text, level_table, split_counts, wide_console
+from hpcmlip.data.store import DUPLICATES, QUARANTINE, SPLITS
 
 
 def show(path: Path, *, unlabelled: int, seconds: float) -> None:
@@ -22,10 +24,8 @@ def show(path: Path, *, unlabelled: int, seconds: float) -> None:
         ("atoms", f"{sum(group.rows * group.num_atoms for group in meta.groups):,}"),
         ("molecules", f"{meta.num_molecules:,}"),
         (f"split by {meta.split['by']}", ", ".join(f"{split} {splits[split]:,}" for split in SPLITS)),
-        (
-            "quarantined",
-            f"{meta.quarantined:,}" + (f" (listed in {path / 'quarantine.csv'})" if meta.quarantined else ""),
-        ),
+        ("quarantined", f"{meta.quarantined:,}" + (_reasons(path / QUARANTINE) if meta.quarantined else "")),
+        ("duplicates", duplicates_text(store) + _listed(path / DUPLICATES, store.duplicates["structures"])),
         ("without any label", f"{unlabelled:,}"),
         ("size", f"{size / 1e6:,.1f} MB in {len(store.files)} files, {size / rows:,.0f} bytes a structure"),
         ("time", f"{seconds:,.1f} s, {rows / seconds:,.0f} structures/s"),
@@ -34,3 +34,14 @@ def show(path: Path, *, unlabelled: int, seconds: float) -> None:
     console = wide_console()
     console.print(table)
     console.print(level_table(meta))
+
+
+def _reasons(report: Path) -> str:
+    """How many conformations were left out for which reason, and where they are listed."""
+    with report.open(newline="") as file:
+        counts = Counter(line["reason"] for line in csv.DictReader(file))
+    return f": {', '.join(f'{count:,} {reason}' for reason, count in counts.most_common())}{_listed(report, 1)}"
+
+
+def _listed(report: Path, lines: int) -> str:
+    return f" (listed in {report})" if lines else ""

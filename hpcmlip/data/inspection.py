@@ -46,6 +46,17 @@ def fitted(meta: Meta, level: int) -> tuple[np.ndarray, float]:
     return isolated_energies(meta.levels[level], meta.elements) + rest, rms
 
 
+def duplicates_text(store: Store) -> str:
+    """How many structures repeat others, and whether held-out data leak thereby."""
+    found = store.duplicates
+    if found is None:
+        return "not counted by the version that made this store"
+    if not found["structures"]:
+        return "0"
+    leak = f"{found['across_splits']:,} of them in another split than the first of their kind: held-out data leak"
+    return f"{found['structures']:,} structures repeat an earlier one" + (f", {leak}" if found["across_splits"] else "")
+
+
 def wide_console() -> Console:
     """stdout; in a file or pipe, where there is no width to keep to, wide enough for every table."""
     console = Console()
@@ -96,7 +107,7 @@ def show(path: Path, as_json: bool = False) -> None:
         print(json.dumps(facts, indent=1))
         return
     console = wide_console()
-    console.print(_overview(facts))
+    console.print(_overview(facts, duplicates_text(store)))
     console.print(_group_table(facts))
     console.print(level_table(store.meta))
     for source in facts["sources"]:
@@ -127,6 +138,7 @@ def describe(store: Store) -> dict:
         "atoms": sum(group.rows * group.num_atoms for group in meta.groups),
         "molecules": meta.num_molecules,
         "quarantined": meta.quarantined,
+        "duplicates": store.duplicates,
         "elements": [SYMBOLS[z] for z in meta.elements],
         "cutoff": meta.cutoff,
         "periodic": meta.periodic,
@@ -151,7 +163,7 @@ def shared_molecules(store: Store) -> int:
     return int((seen.sum(axis=1) > 1).sum())
 
 
-def _overview(facts: dict) -> Table:
+def _overview(facts: dict, duplicates: str) -> Table:
     split, structures = facts["split"], facts["split"]["structures"]
     shared = split["molecules_in_two_splits"]
     leak = "no molecule stands in two splits" if not shared else f"{shared:,} molecules stand in more than one split"
@@ -163,6 +175,7 @@ def _overview(facts: dict) -> Table:
         ("quarantined", f"{facts['quarantined']:,}"),
         (f"split by {split['by']}", ", ".join(f"{name} {count:,}" for name, count in structures.items())),
         ("", leak),
+        ("duplicates", duplicates),
         ("elements, cutoff", f"{' '.join(facts['elements'])}, {facts['cutoff']:g} Å"),
         ("boundaries", "periodic structures, each with its cell" if facts["periodic"] else "molecules"),
         ("size", f"{facts['bytes'] / 1e6:,.1f} MB in {facts['files']} files"),

@@ -27,7 +27,7 @@ def of_rows(group: str, rows: Sequence[int] | np.ndarray, fractions: Fractions, 
     """[R] uint8 split of single structures: rows of a raw group, each on its own."""
     start = np.uint64(_hash(group, seed))
     with np.errstate(over="ignore"):
-        return _place(_mix(start + np.asarray(rows).astype(np.uint64)), fractions)
+        return _place(mix(start + np.asarray(rows).astype(np.uint64)), fractions)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -39,7 +39,7 @@ def _hash(key: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest(), "little")
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """[R] uint64 -> [R] uint64, finalizer of SplitMix64 (Steele, Lea, Flood 2014): neighbours come out unrelated."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -2,8 +2,10 @@
 
 Layout (R rows of a group, N atoms, L levels, Lf levels that have forces anywhere):
 
-    zarr.json                   attributes["hpcmlip"] = Meta as JSON; consolidated metadata
+    zarr.json                   attributes["hpcmlip"] = Meta as JSON; attributes["hpcmlip_duplicates"] = how many
+                                structures repeat another one, how many of them in another split; consolidated metadata
     manifest.json               every file of the store with size and sha256, and the digest of them all
+    quarantine.csv, duplicates.csv   conformations that were left out, and such that repeat an earlier one
     molecules       (M, W) u1   key of each molecule (SMILES or formula) as UTF-8 bytes, filled up with 0
     n014/z          (R, N) u1   atomic numbers
     n014/pos        (R, N, 3) f4  Å
@@ -36,6 +38,8 @@ MOLECULES_SCHEMA = 1
 """Of a store without periodic structures, which is what it was before there were any."""
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
+QUARANTINE, DUPLICATES = "quarantine.csv", "duplicates.csv"
+DUPLICATES_ATTRIBUTE = "hpcmlip_duplicates"
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,12 @@ class Store:
     def files(self) -> dict[str, dict]:
         """Manifest entries: relative path -> {"size", "sha256"}."""
         return read_manifest(self.path)["files"]
+
+    @property
+    def duplicates(self) -> dict[str, int] | None:
+        """`structures` that repeat an earlier one, and `across_splits`, those of them in another split than the first;
+        None of a store for which nobody counted."""
+        return self.root.attrs.get(DUPLICATES_ATTRIBUTE)
 
     def _check_present(self, name: str) -> None:
         # zarr reads a missing or empty shard as fill values without a word

@@ -105,8 +105,16 @@ class Hdf5File(RawFile):
                 if key not in node:
                     raise self._missing(node, key, f", which level '{level.name}' needs")
         if ordinal == 0:
+            self._warn_of_what_is_left_out(node)
             self._warn_of_single_precision(node)
         return RawGroup(ordinal, path, self._count(node), atoms.shape[0])
+
+    def _warn_of_what_is_left_out(self, node: h5py.Group) -> None:
+        taken = {COORDINATES + suffix for suffix in self.layout.suffixes}
+        for key in sorted(key for key in node if key.startswith(COORDINATES) and key not in taken):
+            log.warning(
+                "%s: the conformations of '%s' are left out; reader ani1 takes some by its options", self.path, key
+            )
 
     def _warn_of_single_precision(self, node: h5py.Group) -> None:
         for level in self.levels:
@@ -170,7 +178,8 @@ class Hdf5File(RawFile):
         values = data[start:stop].reshape(stop - start, *shape[1:])
         if values.dtype.kind != "f" or values.dtype.itemsize < 4:
             raise DataError(
-                f"{self.path}: '{key}' of group {node.name} has the type {values.dtype}, expected float32 or float64"
+                f"{self.path}: '{key}' of group {node.name} has the type {values.dtype}, expected float32 or float64: "
+                "convert the file"
             )
         return values
 
@@ -182,7 +191,7 @@ class Hdf5File(RawFile):
             return np.array([ATOMIC_NUMBERS.get(_text(symbol), 0) for symbol in values], dtype=np.int64)
         raise DataError(
             f"{self.path}: '{self.layout.atoms}' of group {group.path} has the type {values.dtype}, "
-            "expected atomic numbers or element symbols"
+            "expected atomic numbers or element symbols: convert the file"
         )
 
     def _molecules(self, node, numbers, length: int, start: int, stop: int) -> np.ndarray:
@@ -214,11 +223,17 @@ class Hdf5File(RawFile):
             raise
 
     def _missing(self, node, key: str, why: str = "") -> DataError:
-        return DataError(f"{self.path}: group {node.name} lacks the key '{key}'{why}{suggest(key, sorted(node))}")
+        return DataError(
+            f"{self.path}: group {node.name} lacks the key '{key}'{why}{suggest(key, sorted(node))}: name the keys of the "
+            "file in 'levels', or take the reader of its layout"
+        )
 
     def _wrong_shape(self, data: h5py.Dataset, expected: str) -> DataError:
         group, _, key = data.name.rpartition("/")
-        return DataError(f"{self.path}: '{key}' of group {group} has the shape {data.shape}, expected {expected}")
+        return DataError(
+            f"{self.path}: '{key}' of group {group} has the shape {data.shape}, expected {expected}: "
+            "mend the file, or take the reader of its layout"
+        )
 
     def _damaged(self, group: str, error: Exception) -> DataError:
         text = str(error).replace("\n", " ")

@@ -1,5 +1,6 @@
 """Shard without workers, in this process: what a test needs that is not about scheduling."""
 
+import json
 from pathlib import Path
 
 from hpcmlip.config import load
@@ -19,6 +20,20 @@ def shard(config: Path, *overrides: str) -> Store:
     job = make(load(DataConfig, config, overrides))
     pipeline.build(job, execute)
     return open_store(job.config.out)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Files of a store."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def finished_shards(partial: Path) -> dict[str, int]:
+    """Shard files that a receipt vouches for -> their modification time."""
+    found = {}
+    for receipt in partial.glob("work/write/*.json"):
+        for name in json.loads(receipt.read_text())["files"]:
+            found[name] = (partial / "store" / name).stat().st_mtime_ns
+    return found
 
 
 def rows(store: Store, name: str) -> dict[tuple, object]:

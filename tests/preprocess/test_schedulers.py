@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 import raw_files
-from in_process import shard
+from in_process import contents, shard
 
 from hpcmlip.data.store import open_store
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,14 @@
-"""kill -9 at any moment, then the same command again: the store of an undisturbed run, finished shards left alone."""
+"""Stopped anywhere, then the same command again: the store of an undisturbed run, finished shards left alone.
 
-import contextlib
-import json
+kill -9 of the real command: test_shard_killed.py."""
+
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import raw_files
-from in_process import execute, shard
+from in_process import contents, execute, finished_shards, shard
+from many_shards import NUM_TASKS
 
 from hpcmlip.config import load
 from hpcmlip.errors import ConfigError, RunError
@@ -21,93 +16,10 @@ from hpcmlip.preprocess import commit, pipeline, scan
 from hpcmlip.preprocess.config import DataConfig
 from hpcmlip.preprocess.job import make
 
-KILLS = 4
-TASKS = 1 + 10 + 12
-"""Of the fixture's file: its hash, units of the scan, shards."""
 
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
-
-
-def finished_shards(partial: Path) -> dict[str, int]:
-    """Shard files that a receipt vouches for -> their modification time."""
-    found = {}
-    for receipt in partial.glob("work/write/*.json"):
-        for name in json.loads(receipt.read_text())["files"]:
-            found[name] = (partial / "store" / name).stat().st_mtime_ns
-    return found
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory):
-    """(config, undisturbed store) of a file with a dozen shards."""
-    folder = tmp_path_factory.mktemp("resume")
-    molecules = {f"m{n}": [6] * (n // 3 + 1) + [1] * (n - n // 3 - 1) for n in range(2, 14)}
-    raw_files.write_ani1x(folder / "raw.h5", rows=80, molecules=molecules)
-    config = raw_files.write_config(folder, "raw.h5", "ani1x", split={"by": "structure"})
-    return config, contents(shard(config, f"out={folder / 'undisturbed.zarr'}").path)
-
-
-def start(config: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "hpcmlip", "shard", str(config), f"out={out}", "--workers", "2"]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-@pytest.mark.distributed
-def test_killed_at_random_moments(raw, cli, tmp_path):
-    """The whole process group, scheduler and all, after a random amount of progress each time."""
-    config, expected = raw
-    out, seed = tmp_path / "out.zarr", random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}")
-    rng, partial = random.Random(seed), Path(f"{tmp_path / 'out.zarr'}.partial")
-    kept: dict[str, int] = {}
-    for _ in range(KILLS):
-        process = start(config, out)
-        # by progress, not by time: moments spread over the whole work on a slow machine as on a fast one
-        target = len(list(partial.glob("work/*/*.json"))) + rng.randrange(1, 14)
-        while process.poll() is None and len(list(partial.glob("work/*/*.json"))) < target:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if out.exists():
-            break
-        now = finished_shards(partial)
-        assert {name: now[name] for name in kept} == kept, f"a finished shard was written again (seed {seed})"
-        kept = now
-    cli("shard", config, f"out={out}", "--workers", 2)
-    assert contents(out) == expected, f"seed {seed}"
-    final = {name: (out / name).stat().st_mtime_ns for name in kept}
-    assert final == kept, f"a finished shard was written again (seed {seed})"
-    assert not partial.exists()
-
-
-@pytest.mark.distributed
-def test_a_killed_worker_is_replaced(raw, tmp_path):
-    """SIGKILL to single workers while the command runs: it ends well, and with the same store."""
-    config, expected = raw
-    out = tmp_path / "out.zarr"
-    process = start(config, out)
-    killed = 0
-    while process.poll() is None and killed < 2:
-        receipts = len(list(Path(f"{out}.partial").glob("work/*/*.json")))
-        workers = worker_processes(process.pid)
-        if receipts > 4 * (killed + 1) and workers:
-            with contextlib.suppress(psutil.Error):
-                workers[-1].kill()
-                killed += 1
-        time.sleep(0.005)
-    assert process.wait(timeout=120) == 0 and killed
-    assert contents(out) == expected
-
-
-def worker_processes(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.Error):
-        below = psutil.Process(pid).children(recursive=True)
-        # workers are forks of the server, which is a child of the command
-        return [p for p in below if "forkserver" in " ".join(p.cmdline()) and p.ppid() != pid]
-    return []
+@pytest.fixture
+def raw(many_shards):
+    return many_shards.config, many_shards.expected
 
 
 class StoppedError(Exception):
@@ -141,9 +53,9 @@ def test_stopped_between_tasks(raw, tmp_path):
     job = make(load(DataConfig, config))
     with job.open(0) as file:
         groups = [file.groups()]
-    assert 1 + len(scan.tasks(job, groups)) + len(groups[0]) == TASKS
+    assert 1 + len(scan.tasks(job, groups)) + len(groups[0]) == NUM_TASKS
     out = tmp_path / "out.zarr"
-    for count in (1, 8, TASKS - 12, TASKS - 5, TASKS - 1):
+    for count in (1, 8, NUM_TASKS - 12, NUM_TASKS - 5, NUM_TASKS - 1):
         job = partly(config, out, count)
         assert not out.exists()
     orphan = job.store / "n005" / "pos" / "c" / "0" / "0" / "0.12345.tmp"
@@ -170,7 +82,7 @@ def test_what_a_killed_worker_leaves_in_the_second_pass_is_swept(raw, tmp_path):
 def test_a_damaged_receipt_or_shard_is_made_again(raw, tmp_path):
     config, expected = raw
     out = tmp_path / "out.zarr"
-    job = partly(config, out, TASKS - 4)
+    job = partly(config, out, NUM_TASKS - 4)
     shards = sorted(finished_shards(job.partial))
     (job.store / shards[0]).write_bytes(b"")
     (job.store / shards[-1]).unlink()
@@ -197,7 +109,7 @@ def test_stopped_between_rename_and_tidying(raw, tmp_path, monkeypatch):
 def test_another_config_or_source_starts_anew(raw, tmp_path, caplog):
     config, expected = raw
     out = tmp_path / "out.zarr"
-    partly(config, out, TASKS - 4, "split.seed=1")
+    partly(config, out, NUM_TASKS - 4, "split.seed=1")
     shard(config, f"out={out}")
     assert "starting anew" in caplog.text
     assert contents(out) == expected
