@@ -130,7 +130,7 @@ def sweep(job: Job) -> None:
 
 def create_arrays(job: Job, groups: Iterable[GroupMeta], *, periodic: bool) -> None:
     """Groups and arrays of the store, without data; those that are there stay as they are."""
-    root = zarr.open_group(job.store, mode="a")
+    root = zarr.open_group(job.store, mode="a", zarr_format=3)
     for group in groups:
         root.require_group(group.path)
         for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels), periodic=periodic):
@@ -148,7 +148,7 @@ def commit(job: Job, scanned: Scanned, groups: tuple[GroupMeta, ...], tasks: lis
     width = molecules.dtype.itemsize
     arrays.create_molecules(job.store, molecules.view(np.uint8).reshape(-1, width))
     meta = _meta(job, scanned, groups, parts)
-    root = zarr.open_group(job.store, mode="r+")
+    root = zarr.open_group(job.store, mode="r+", zarr_format=3)
     root.attrs.put({"hpcmlip": meta.as_json(), IDENTITY: job.identity()})
     with warnings.catch_warnings():
         # consolidated metadata is no part of the v3 specification yet; zarr itself reads it

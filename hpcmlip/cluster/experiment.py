@@ -13,7 +13,6 @@ evaluation/               of the dependent job
 
 import dataclasses
 import getpass
-import hashlib
 import json
 import socket
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from hpcmlip.config import RunConfig, changed, dump, load
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.files import write_atomic
-from hpcmlip.training.rundir import DONE, differing, fixed
+from hpcmlip.training.rundir import differing, fixed, is_model_of, read_end
 
 SCHEMA = 2
 RECORD = "experiment.json"
@@ -92,29 +91,25 @@ class Experiment:
         """Whether the evaluation that is asked for is there, and of the members' present weights."""
         try:
             metrics = json.loads((self.evaluation_folder / "metrics.json").read_text())
-            done = [json.loads((self.run_dir(i) / DONE).read_text()) for i in range(len(self.members))]
+            done = [read_end(self.run_dir(i)) for i in range(len(self.members))]
             seen = (
                 metrics["store"]["digest"],
                 metrics["split"]["name"],
                 sorted(m["weights_sha256"] for m in metrics["members"]),
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, OSError, ValueError, KeyError, TypeError):
             return False
         try:
             asked = open_store(self.evaluation.store).digest, self.evaluation.split
         except UserError:  # removed or damaged since: what was evaluated cannot be compared any more
             return False
-        return seen == (*asked, sorted(str(member.get("weights_sha256")) for member in done))
+        return seen == (*asked, sorted(str(member and member.get("weights_sha256")) for member in done))
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run ended by itself and its weights are still those it ended with."""
-    try:
-        done = json.loads((run_dir / DONE).read_text())
-        weights = hashlib.sha256((run_dir / "model.safetensors").read_bytes()).hexdigest()
-    except (OSError, ValueError):
-        return False
-    return done.get("state") == "finished" and done.get("weights_sha256") == weights
+    """Whether a run ended by itself and its weights are still those it ended with. Raises RunError as `read_end`."""
+    done = read_end(run_dir)
+    return done is not None and done.get("state") == "finished" and is_model_of(run_dir, done)
 
 
 def open_experiment(folder: Path) -> Experiment:

@@ -4,7 +4,6 @@ What they say is always totals in float64: a member's own reference energies are
 members (and stores) with different references can be compared.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from hpcmlip.errors import ConfigError, DataError, RunError
 from hpcmlip.models.export import load_model
 from hpcmlip.models.potential import Potential
 from hpcmlip.plugins import suggest
-from hpcmlip.training.rundir import fixed
+from hpcmlip.training.rundir import fixed, is_model_of, read_end
 from hpcmlip.units import SYMBOLS
 
 log = logging.getLogger(__name__)
@@ -114,14 +113,16 @@ def find_members(paths: Sequence[Path]) -> Found:
 def _unfinished(run: Path) -> str | None:
     """Why a member of an experiment does not count; None if it does."""
     try:
-        done = json.loads((run / "done.json").read_text())
-    except FileNotFoundError:
+        done = read_end(run)
+    except RunError as error:
+        return str(error)
+    if done is None:
         return "not finished (there is no done.json)"
-    except (OSError, ValueError) as error:
-        return f"done.json is unreadable ({error})"
     if done.get("state") != "finished":
         return f"its state is '{done.get('state')}', not 'finished'"
-    return None if (run / MODEL_FILE).is_file() else f"there is no {MODEL_FILE}"
+    if not (run / MODEL_FILE).is_file():
+        return f"there is no {MODEL_FILE}"
+    return None if is_model_of(run, done) else "its weights are not those that it ended with (sha256 differs)"
 
 
 def load_members(runs: Sequence[Path], *, device: str | torch.device = "cpu", dtype=torch.float64) -> "Ensemble":

@@ -37,8 +37,8 @@ def forecast(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
         stack.callback(dist.stop)
         dist.share_cores()
         with dist.together("making a scratch folder"):
-            scratch = Path(stack.enter_context(_scratch(folder))) if world.rank == 0 else None
-        scratch = dist.broadcast(scratch)
+            scratch = stack.enter_context(_scratch(folder)) if world.rank == 0 else None
+        scratch = Path(dist.broadcast(scratch))
         requests = stack.enter_context(StopRequests(scratch))
         training = Training(config, scratch, world, device, requests)
         stack.callback(training.loader.close)

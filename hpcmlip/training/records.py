@@ -15,8 +15,7 @@ from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.dist import World
 from hpcmlip.errors import RunError
-from hpcmlip.files import write_atomic
-from hpcmlip.models.export import CARD, save_model
+from hpcmlip.models.export import read_model, save_model
 from hpcmlip.training import checkpoint, rundir
 from hpcmlip.training.average import Average
 from hpcmlip.training.engine import Engine
@@ -127,10 +126,10 @@ class Records:
         self.save(progress)
         with dist.together("writing the record of the end"):
             if self._world.rank == 0:
-                weights = json.loads((self._run_dir / CARD).read_text())["weights_sha256"]
+                _, card, _ = read_model(self._run_dir)
                 record = {"state": "finished", "reason": reason, "step": progress.step}
-                record |= {"best": progress.best, "weights_sha256": weights}
-                write_atomic(self._run_dir / rundir.DONE, json.dumps(record, indent=1))
+                record |= {"best": progress.best, "weights_sha256": card["weights_sha256"]}
+                rundir.write_end(self._run_dir, record)
         best = progress.best
         log.info("finished: %s; best validation %.5g at step %d", reason, best["objective"], best["step"])
 

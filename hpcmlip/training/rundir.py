@@ -1,6 +1,7 @@
 """The run directory: one job at a time, one config, one record of the end."""
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -10,7 +11,11 @@ from hpcmlip import dist
 from hpcmlip.config import RunConfig, dump, flat, read_yaml
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.files import write_atomic
+from hpcmlip.models.export import WEIGHTS
+from hpcmlip.sealing import SchemaError, seal, unseal
 
+SCHEMA = 2
+"""Of the record of the end."""
 CONFIG = "config.yaml"
 DONE = "done.json"
 CHECKPOINTS = "checkpoints"
@@ -79,13 +84,42 @@ class RunDirectory:
 
     @property
     def finished(self) -> dict | None:
-        """The record of a finished run, if this is one."""
-        try:
-            return json.loads((self.path / DONE).read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / DONE} cannot be read ({error}): remove it to let the run go on") from None
+        """The record of a finished run, if this is one. Raises RunError if its model is not the one that it names."""
+        done = read_end(self.path)
+        if done is not None and not is_model_of(self.path, done):
+            raise RunError(
+                f"{self.path} is finished, but {WEIGHTS} there is not the model that it ended with (sha256 differs): "
+                "copy model.safetensors and model.json from where they are sound, or train again in another --run-dir"
+            )
+        return done
+
+
+def write_end(run_dir: Path, record: dict) -> None:
+    """Write the record of the end of a run. Raises OSError."""
+    write_atomic(run_dir / DONE, seal(record, SCHEMA))
+
+
+def read_end(run_dir: Path) -> dict | None:
+    """The record of the end of a run, None if there is none; raises RunError if it is damaged or of another version."""
+    path = run_dir / DONE
+    try:
+        return unseal(path.read_bytes(), SCHEMA)
+    except FileNotFoundError:
+        return None
+    except SchemaError as error:
+        way = "upgrade hpcmlip" if error.is_newer else "use the hpcmlip that made it, or another --run-dir"
+        raise RunError(f"{path} {error}: {way}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}): remove it to let the run go on") from None
+
+
+def is_model_of(run_dir: Path, done: dict) -> bool:
+    """Are the weights in a run directory those that the record of its end names?"""
+    try:
+        weights = (run_dir / WEIGHTS).read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(weights).hexdigest() == done.get("weights_sha256")
 
 
 def differing(old: dict, new: dict) -> list[str]:

@@ -12,6 +12,7 @@ from hpcmlip.cluster import experiment as experiments
 from hpcmlip.cluster.submission import How, retry, submit
 from hpcmlip.config import RunConfig, TransferSection, from_values, load
 from hpcmlip.errors import ConfigError, DataError, RunError
+from hpcmlip.training.rundir import write_end
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def _pretend_finished(run_dir: Path) -> None:
     weights = run_dir / "model.safetensors"
     weights.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
-    (run_dir / "done.json").write_text(json.dumps({"state": "finished", "weights_sha256": digest}))
+    write_end(run_dir, {"state": "finished", "weights_sha256": digest})
 
 
 def _contents(folder: Path) -> dict[str, str]:

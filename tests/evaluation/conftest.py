@@ -10,9 +10,10 @@ from hpcmlip.config import RunConfig, from_values
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.data.loader import TrainLoader
 from hpcmlip.evaluation.ensemble import evaluate
-from hpcmlip.models.export import save_model
+from hpcmlip.models.export import read_model, save_model
 from hpcmlip.models.potential import Potential
 from hpcmlip.training.errors import error_sums, figures
+from hpcmlip.training.rundir import write_end
 
 LEVELS = {"dz": "EF", "cc": "E"}
 
@@ -55,7 +56,8 @@ def make_member(
         "versions": {},
     }
     save_model(run, potential, config=config, card=card)
-    (run / "done.json").write_text(json.dumps({"state": "finished", "step": step}))
+    _, saved, _ = read_model(run)
+    write_end(run, {"state": "finished", "step": step, "weights_sha256": saved["weights_sha256"]})
     return run
 
 
