@@ -259,7 +259,7 @@ def predict(
     out: Annotated[Path, typer.Option("-o", "--out", help="Extended XYZ with energies, forces, ensemble spread.")],
     level: Annotated[str | None, typer.Option(help="Level of theory; default: the last of the config.")] = None,
 ):
-    """Energies, forces and ensemble spread of structures in any format that ASE reads."""
+    """Energies, forces and ensemble spread of structures in the formats that ASE reads by itself."""
     from hpcmlip.evaluation import prediction
 
     if len(models) < 2:

@@ -4,6 +4,7 @@ The only reader of RANK, SLURM_*, OMPI_* and their kin. Started alone, under tor
 program sees a `World` and the collectives below; every rank must call each of them, on every path.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -238,7 +239,7 @@ def share_cores() -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    mine = (rendezvous.machine(), tuple(sorted(os.sched_getaffinity(0))))
+    mine = [rendezvous.machine(), sorted(os.sched_getaffinity(0))]
     torch.set_num_threads(max(1, len(mine[1]) // gather(mine).count(mine)))
 
 
@@ -267,21 +268,27 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """The value that rank 0 holds, on every rank."""
-    if not torch_dist.is_initialized():
-        return value
-    box = [value]
-    torch_dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+    """The value that rank 0 holds, on every rank; as in `gather`."""
+    return gather(value if not torch_dist.is_initialized() or torch_dist.get_rank() == 0 else None)[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all ranks, on every rank."""
+    """The values of all ranks, on every rank: plain values, of which tuples become lists.
+
+    They travel as JSON. torch's own collectives of objects unpickle what comes over the network.
+    """
+    text = json.dumps(value).encode()
     if not torch_dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(values, value)
-    return values
+        return [json.loads(text)]
+    ranks = range(torch_dist.get_world_size())
+    own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in ranks]
+    torch_dist.all_gather(lengths, torch.tensor([len(own)]))
+    longest = int(max(lengths))
+    padded = torch.cat([own, torch.zeros(longest - len(own), dtype=torch.uint8)])
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in ranks]
+    torch_dist.all_gather(texts, padded)
+    return [json.loads(texts[i].numpy().tobytes()[: int(lengths[i])]) for i in ranks]
 
 
 def barrier() -> None:

@@ -141,7 +141,7 @@ def sweep(job: Job) -> None:
 
 def create_arrays(job: Job, groups: Iterable[GroupMeta], *, periodic: bool) -> None:
     """Groups and arrays of the store, without data; those that are there stay as they are."""
-    root = zarr.open_group(job.store, mode="a")
+    root = zarr.open_group(job.store, mode="a", zarr_format=3)
     for group in groups:
         root.require_group(group.path)
         for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels), periodic=periodic):
@@ -166,7 +166,7 @@ def commit(
     width = molecules.dtype.itemsize
     arrays.create_molecules(job.store, molecules.view(np.uint8).reshape(-1, width))
     meta = _meta(job, scanned, groups, parts)
-    root = zarr.open_group(job.store, mode="r+")
+    root = zarr.open_group(job.store, mode="r+", zarr_format=3)
     counted = {"structures": repeated.structures, "across_splits": repeated.across_splits}
     root.attrs.put({"hpcmlip": meta.as_json(), IDENTITY: job.identity(), DUPLICATES_ATTRIBUTE: counted})
     with warnings.catch_warnings():

@@ -223,7 +223,7 @@ def gather(job: Job, num_units: int) -> Scanned:
         periodic = periodic or receipt["periodic"]
         counts.append({tuple(key): count for *key, count in receipt["counts"]})
         sums += consistency.Sums.from_json(receipt["sums"])
-        with np.load(arrays_path(job, unit)) as arrays:
+        with np.load(arrays_path(job, unit), allow_pickle=False) as arrays:
             keys.update(arrays["keys"].tolist())
     return Scanned(rows, tuple(counts), tuple(sorted(keys)), num_bad, periodic, sums)
 

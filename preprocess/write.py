@@ -77,7 +77,7 @@ def _gather(task: WriteTask) -> Columns:
 def _wanted(task: WriteTask, unit: int) -> dict[int, Columns]:
     """Of a unit: piece -> row in the group, target in the shard and molecule of each row that belongs to the shard."""
     N = task.group.num_atoms
-    with np.load(arrays_path(task.job, unit)) as loaded:
+    with np.load(arrays_path(task.job, unit), allow_pickle=False) as loaded:
         columns = {name: loaded[f"n{N}_{name}"] for name in ("split", "labels", "molecule", "row", "piece")}
         index = _molecule_index(task.job.work)
         to_global = np.array([index[key] for key in loaded["keys"].tolist()], dtype=np.uint32)

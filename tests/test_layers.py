@@ -12,7 +12,15 @@ SOURCES["hpcmlip.configs"] = ROOT / "configs"
 
 # lowest first; a module may import from lower layers and from its own
 LAYERS = [
-    {"hpcmlip", "hpcmlip.units", "hpcmlip.lattice", "hpcmlip.errors", "hpcmlip.files", "hpcmlip.progress"},
+    {
+        "hpcmlip",
+        "hpcmlip.units",
+        "hpcmlip.lattice",
+        "hpcmlip.errors",
+        "hpcmlip.files",
+        "hpcmlip.progress",
+        "hpcmlip.sealing",
+    },
     {
         "hpcmlip.graph",
         "hpcmlip.neighbours",

@@ -26,7 +26,7 @@ from hpcmlip.config import RunConfig, changed, dump, load
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.files import write_atomic
-from hpcmlip.training.rundir import DONE, differing, finished, fixed
+from hpcmlip.training.rundir import differing, finished, fixed
 
 SCHEMA = 2
 RECORD = "experiment.json"
@@ -95,27 +95,24 @@ class Experiment:
         """Whether the evaluation that is asked for is there, and of the members' present weights."""
         try:
             metrics = json.loads((self.evaluation_folder / "metrics.json").read_text())
-            done = [json.loads((self.run_dir(i) / DONE).read_text()) for i in range(len(self.members))]
+            done = [finished(self.run_dir(i)) or {} for i in range(len(self.members))]
             seen = (
                 metrics["store"]["digest"],
                 metrics["split"]["name"],
                 sorted(m["weights_sha256"] for m in metrics["members"]),
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, OSError, ValueError, KeyError, TypeError):
             return False
         try:
             asked = open_store(self.evaluation.store).digest, self.evaluation.split
         except UserError:  # removed or damaged since: what was evaluated cannot be compared any more
             return False
-        return seen == (*asked, sorted(str(member.get("weights_sha256")) for member in done))
+        return seen == (*asked, sorted(str(member and member.get("weights_sha256")) for member in done))
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run ended by itself, and its config and its model are still those it ended with."""
-    try:
-        return finished(run_dir) is not None
-    except UserError:
-        return False
+    """Whether a run ended by itself. Raises RunError as `rundir.finished`, if it is no longer what it ended as."""
+    return finished(run_dir) is not None
 
 
 def open_experiment(folder: Path) -> Experiment:

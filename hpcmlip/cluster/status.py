@@ -136,10 +136,8 @@ def cancel(folder: Path) -> None:
 def _queue(experiment: Experiment) -> dict[str, str] | None:
     """What Slurm says of the experiment's jobs; None if it is not there or does not answer. Not asked without need."""
     ids = [job.id for job in activity.jobs(experiment)]
-    if not ids or not experiment.unfinished():
-        return {}
     try:
-        return scheduler.states(ids, ANSWER_SECONDS)
+        return scheduler.states(ids, ANSWER_SECONDS) if ids and experiment.unfinished() else {}
     except RunError:
         return None
 
@@ -151,7 +149,7 @@ def _member(experiment: Experiment, member: int, now: float, going_on: Activity)
     validations = [r for r in records if r.get("kind") == "validation" and r.get("objective") is not None]
     history = activity.events(experiment, member)
     best = min(validations, key=lambda r: r["objective"], default={})
-    state, note = ("finished", "") if is_finished(run_dir) else _state(run_dir, history, has_begun=bool(records))
+    state, note = _state(run_dir, history, has_begun=bool(records))
     state, note = _checked(state, note, member, history, going_on)
     last = steps[-1] if steps else {}
     return Status(
@@ -186,7 +184,12 @@ def _tail(experiment: Experiment, member: int, history: list[Event]) -> Tail | N
 
 
 def _state(run_dir: Path, history: list[Event], *, has_begun: bool) -> tuple[str, str]:
-    """(state, why) of a member that has not finished, from the files."""
+    """(state, why) of a member, from its files."""
+    try:
+        if is_finished(run_dir):
+            return "finished", ""
+    except RunError as error:
+        return "failed", str(error)
     what = history[-1].what if history else ""
     if what.startswith("failed"):
         return FAILED, _last_error(run_dir) or what

@@ -184,16 +184,20 @@ class Store:
 
     @cached_property
     def root(self) -> zarr.Group:
-        return zarr.open_group(self.path, mode="r", use_consolidated=True)
+        return zarr.open_group(self.path, mode="r", zarr_format=3, use_consolidated=True)
 
     def array(self, group: GroupMeta, name: str) -> zarr.Array:
-        """Array `name` of a group; raises DataError if the store lacks it."""
+        """Array `name` of a group; raises DataError if the store lacks it, or holds something else there."""
         try:
-            return self.root[f"{group.path}/{name}"]
+            array = self.root[f"{group.path}/{name}"]
         except KeyError:
             raise DataError(
                 f"store {self.path} lacks the array {group.path}/{name}; run 'hpcmlip verify {self.path}'"
             ) from None
+        # consolidated metadata may hold zarr v2, among whose filters is pickle: reading a chunk would run code
+        if not isinstance(array, zarr.Array) or array.metadata.zarr_format != 3:
+            raise DataError(f"store {self.path}: {group.path}/{name} is no zarr v3 array, nothing of it is read")
+        return array
 
     def read(self, group: GroupMeta, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of an array; raises DataError naming the place if a chunk is damaged or a file missing."""
@@ -237,7 +241,7 @@ def read_manifest(path: Path) -> dict:
         raise DataError(
             f"{path} has no readable {MANIFEST} ({error}): an unfinished or damaged store, shard it again"
         ) from None
-    if manifest_digest(manifest.get("files", {})) != manifest.get("digest"):
+    if not isinstance(manifest, dict) or manifest_digest(manifest.get("files", {})) != manifest.get("digest"):
         raise DataError(f"{path / MANIFEST} does not match its own digest: damaged, shard it again")
     return manifest
 
@@ -260,11 +264,14 @@ def open_store(path: Path | str) -> Store:
     manifest = read_manifest(path)
     try:
         raw = (path / "zarr.json").read_bytes()
-        values = json.loads(raw)["attributes"]["hpcmlip"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no hpcmlip store ({type(error).__name__} while reading zarr.json)") from None
-    if values.get("schema", 0) > SCHEMA:
-        raise DataError(f"{path} has schema {values['schema']}, this hpcmlip reads up to {SCHEMA}: upgrade hpcmlip")
+    except OSError as error:
+        raise DataError(f"{path} is no hpcmlip store: cannot read zarr.json ({error.strerror})") from None
     if hashlib.sha256(raw).hexdigest() != manifest["files"].get("zarr.json", {}).get("sha256"):
         raise DataError(f"{path / 'zarr.json'} does not match the manifest: damaged, shard it again")
-    return Store(path, Meta.from_json(values), manifest["digest"])
+    try:
+        values = json.loads(raw)["attributes"]["hpcmlip"]
+        if values["schema"] > SCHEMA:
+            raise DataError(f"{path} has schema {values['schema']}, this hpcmlip reads up to {SCHEMA}: upgrade hpcmlip")
+        return Store(path, Meta.from_json(values), manifest["digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no hpcmlip store ({type(error).__name__} while reading zarr.json)") from None

@@ -4,7 +4,6 @@ What they say is always totals in float64: a member's own reference energies are
 members (and stores) with different references can be compared.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from hpcmlip.errors import ConfigError, DataError, RunError
 from hpcmlip.models.export import load_model
 from hpcmlip.models.potential import Potential
 from hpcmlip.plugins import suggest
-from hpcmlip.training.rundir import fixed
+from hpcmlip.training.rundir import finished, fixed
 from hpcmlip.units import SYMBOLS
 
 log = logging.getLogger(__name__)
@@ -115,14 +114,12 @@ def find_members(paths: Sequence[Path], *, at_least: int = 1) -> Found:
 def _unfinished(run: Path) -> str | None:
     """Why a member of an experiment does not count; None if it does."""
     try:
-        done = json.loads((run / "done.json").read_text())
-    except FileNotFoundError:
+        done = finished(run)
+    except RunError as error:
+        return str(error)
+    if done is None:
         return f"not finished (there is no done.json{_last_words(run)})"
-    except (OSError, ValueError) as error:
-        return f"done.json is unreadable ({error})"
-    if done.get("state") != "finished":
-        return f"its state is '{done.get('state')}', not 'finished'"
-    return None if (run / MODEL_FILE).is_file() else f"there is no {MODEL_FILE}"
+    return None
 
 
 def _last_words(run: Path) -> str:

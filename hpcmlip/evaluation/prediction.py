@@ -1,4 +1,4 @@
-"""`hpcmlip predict`: energies, forces and ensemble spread of structures in any format that ASE reads."""
+"""`hpcmlip predict`: energies, forces and ensemble spread of structures in the formats that ASE reads by itself."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import ase.io
+import ase.io.formats
 import numpy as np
 import torch
 from ase import Atoms
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 PAIRS_PER_BLOCK = 20_000
 WINDOW = 4096
 """Structures that are held at a time."""
+STARTS_PROGRAMS = {"castep-cell"}
+"""Formats of ASE whose readers run what they find in PATH."""
 
 
 @dataclass(frozen=True)
@@ -184,12 +186,14 @@ def _windows(path: Path) -> Iterator[list[Atoms]]:
 
 
 def _readable(path: Path) -> Iterator[Atoms]:
-    structures, count = ase.io.iread(path, index=":"), 0
+    structures, count = _opened(path), 0
     while True:
         try:
             atoms = next(structures)
         except StopIteration:
             return
+        except DataError:
+            raise
         except Exception as error:  # ASE's readers raise whatever their parsing raises; here is a border to the user
             reason = next(iter(str(error).strip().splitlines()), "no reason given")
             raise DataError(
@@ -198,3 +202,16 @@ def _readable(path: Path) -> Iterator[Atoms]:
             ) from None
         yield atoms
         count += 1
+
+
+def _opened(path: Path) -> Iterator[Atoms]:
+    """ASE's reader of a file; raises DataError for a format whose reader does more than read."""
+    # absolute: ASE takes a name that begins with postgres or mysql for a server
+    name = str(path.absolute())
+    kind = ase.io.formats.filetype(name)
+    known = ase.io.formats.ioformats.get(kind)
+    if kind in STARTS_PROGRAMS or (known is not None and not known.module_name.startswith("ase.io.")):
+        raise DataError(
+            f"{path} is read as {kind}, which may run programs or a plug-in: convert it to extended XYZ yourself"
+        )
+    yield from ase.io.iread(name, index=":", format=kind, do_not_split_by_at_sign=True)

@@ -141,6 +141,6 @@ def take(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 def groups(path: Path) -> Iterator[tuple[int, zarr.Group]]:
     """(atom count, group) of a predictions.zarr, ascending."""
-    root = zarr.open_group(path, mode="r", use_consolidated=False)
+    root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
     for name in sorted(root.group_keys()):
         yield int(name[1:]), root[name]

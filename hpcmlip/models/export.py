@@ -1,6 +1,6 @@
 """A trained model on disk: `model.safetensors` (weights) beside `model.json` (all that is needed to use them).
 
-Nothing is ever unpickled. `model.json` is written last and names the sha256 of the weights it belongs to.
+Nothing is ever unpickled. `model.json` is written last, names the sha256 of the weights it belongs to, and is sealed.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ from hpcmlip.config import RunConfig, from_values
 from hpcmlip.errors import ConfigError, DataError
 from hpcmlip.files import write_atomic
 from hpcmlip.models.potential import Potential
+from hpcmlip.sealing import SchemaError, seal, unseal
 
-SCHEMA = 1
+SCHEMA = 2
 CARD = "model.json"
 WEIGHTS = "model.safetensors"
 
@@ -30,14 +31,13 @@ def save_model(folder: Path, potential: Potential, *, config: RunConfig, card: d
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
     weights = safetensors.torch.save(state)
     values = {
-        "schema": SCHEMA,
         "hpcmlip": hpcmlip.__version__,
         "config": json.loads(config.model_dump_json()),
         "spec": potential.spec.as_json(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         **card,
     }
-    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+    text = seal(values, SCHEMA)
     write_atomic(folder / WEIGHTS, weights)
     write_atomic(folder / CARD, text)
 
@@ -45,9 +45,15 @@ def save_model(folder: Path, potential: Potential, *, config: RunConfig, card: d
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Potential, dict]:
     """(potential in evaluation mode, contents of model.json) from a run directory or the path of a model.json.
 
-    Raises DataError if a file is absent or damaged, the weights are not those that model.json names, or the schema is
-    newer than this version reads.
+    Raises DataError if a file is absent or damaged, the weights are not those that model.json names, or the files are
+    of another version's schema.
     """
+    card_path, card, weights = read_model(path)
+    return _rebuild(card, weights, card_path, dtype), card
+
+
+def read_model(path: Path) -> tuple[Path, dict, bytes]:
+    """(model.json, its contents, the weights) as `load_model` reads and checks them, without building the model."""
     path = Path(path)
     card_path = path / CARD if path.is_dir() else path
     card = _read_card(card_path)
@@ -59,27 +65,28 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Potentia
     if hashlib.sha256(weights).hexdigest() != card["weights_sha256"]:
         raise DataError(
             f"{weights_path} is not the file that {card_path} describes (sha256 differs): "
-            "it was changed, damaged or half copied; copy both files again or continue the run"
+            "it was changed, damaged or half copied; copy both files again or train again"
         )
-    return _rebuild(card, weights, card_path, dtype), card
+    return card_path, card, weights
 
 
 def _read_card(path: Path) -> dict:
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = unseal(path.read_bytes(), SCHEMA)
     except OSError as error:
         raise DataError(
             f"there is no model at {path} ({error.strerror}): train it first, or name its run directory"
         ) from None
+    except SchemaError as error:
+        way = "upgrade hpcmlip" if error.is_newer else "use it with the hpcmlip that made it, or train it again"
+        raise DataError(f"the model {path} {error}: {way}") from None
     except ValueError as error:
-        raise DataError(f"{path} is damaged: not valid JSON ({error})") from None
-    if not isinstance(card, dict) or not isinstance(card.get("schema"), int):
-        raise DataError(f"{path} is no model of hpcmlip: it has no schema number")
-    if card["schema"] > SCHEMA:
-        raise DataError(f"{path} has schema {card['schema']}, this hpcmlip reads up to {SCHEMA}: upgrade hpcmlip")
+        raise DataError(
+            f"{path} is no model of hpcmlip, or a damaged or changed one ({error}): copy it again or train again"
+        ) from None
     missing = {"config", "spec", "weights_sha256"} - set(card)
     if missing:
-        raise DataError(f"{path} is damaged: it lacks '{sorted(missing)[0]}'")
+        raise DataError(f"{path} is no model of hpcmlip: it lacks '{sorted(missing)[0]}'")
     return card
 
 

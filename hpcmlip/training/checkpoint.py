@@ -1,7 +1,8 @@
 """Checkpoints: a folder per step with safetensors, a JSON state and a manifest, visible only when it is complete.
 
 Weights, optimizer moments and averages are stored whole, as float32, whatever the number of ranks and the ZeRO stage;
-both may change before the run goes on. Nothing is ever unpickled.
+both may change before the run goes on. The manifest is sealed and holds the hashes of the rest. Nothing is ever
+unpickled.
 """
 
 import contextlib
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from hpcmlip import files
 from hpcmlip.errors import RunError
+from hpcmlip.sealing import SchemaError, seal, unseal
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 _TEMPORARY = ".tmp-"
@@ -30,6 +32,10 @@ _ASIDE = f"{_TEMPORARY}old-"
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """File stem ("master", "exp_avg", ...) -> parameter name -> tensor."""
+
+
+class AnotherVersionError(RunError):
+    """A sound checkpoint that another version of hpcmlip wrote."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,10 @@ def write(folder: Path, step: int, state: dict, tensors: Tensors) -> Path:
     temporary.mkdir()
     try:
         contents = {f"{stem}.safetensors": safetensors.torch.save(dict(group)) for stem, group in tensors.items()}
-        contents[STATE] = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1).encode()
+        contents[STATE] = json.dumps({"step": step, **state}, indent=1).encode()
         for file, content in contents.items():
             files.write(temporary / file, content)
-        files.write(temporary / MANIFEST, json.dumps(_manifest(contents), indent=1).encode())
+        files.write(temporary / MANIFEST, seal({"files": _entries(contents)}, SCHEMA).encode())
         files.flush(temporary)
         aside = folder / f"{_ASIDE}{final.name}"
         if final.exists():  # the same step again, at the end of a run or after a resume from an older one
@@ -78,12 +84,11 @@ def mend(folder: Path) -> None:
             files.flush(folder)
 
 
-def _manifest(contents: Mapping[str, bytes]) -> dict:
-    entries = {
+def _entries(contents: Mapping[str, bytes]) -> dict:
+    return {
         file: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for file, content in contents.items()
     }
-    return {"schema": SCHEMA, "files": entries}
 
 
 def name(step: int) -> str:
@@ -100,13 +105,16 @@ def steps(folder: Path) -> list[int]:
 def newest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies; None if there is none at all.
 
-    Says in the log why others were passed over. Raises RunError if some exist but none verifies.
+    Says in the log why others were passed over. Raises RunError if some exist but none verifies, or if the newest sound
+    one was written by another version: going on from an older one would throw its work away.
     """
     reasons = []
     for step in reversed(steps(folder)):
         path = folder / name(step)
         try:
             return read(path)
+        except AnotherVersionError:
+            raise
         except RunError as error:
             reasons.append(str(error))
             log.warning("%s; looking for an older one", error)
@@ -121,12 +129,13 @@ def newest(folder: Path) -> Checkpoint | None:
 def read(path: Path) -> Checkpoint:
     """A checkpoint, every file checked against the manifest. Raises RunError naming what is wrong."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["schema"] > SCHEMA:
-            raise RunError(f"checkpoint {path} has schema {manifest['schema']}, this hpcmlip reads up to {SCHEMA}")
+        manifest = unseal((path / MANIFEST).read_bytes(), SCHEMA)
         contents = {file: _verified(path / file, entry) for file, entry in manifest["files"].items()}
         state = json.loads(contents.pop(STATE))
         tensors = {Path(file).stem: safetensors.torch.load(content) for file, content in contents.items()}
+    except SchemaError as error:
+        way = "upgrade hpcmlip" if error.is_newer else "finish the run with the hpcmlip that began it"
+        raise AnotherVersionError(f"checkpoint {path} {error}: {way}, or choose another --run-dir") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise RunError(f"checkpoint {path} cannot be read ({reason})") from None

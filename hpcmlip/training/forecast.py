@@ -37,8 +37,8 @@ def forecast(config: RunConfig, run_dir: Path, signals: Signals, *, as_json: boo
         stack.callback(dist.stop)
         dist.share_cores()
         with dist.together("making a scratch folder"):
-            scratch = Path(stack.enter_context(_scratch(folder))) if world.rank == 0 else None
-        scratch = dist.broadcast(scratch)
+            scratch = stack.enter_context(_scratch(folder)) if world.rank == 0 else None
+        scratch = Path(dist.broadcast(scratch))
         training = Training(config, scratch, world, device, StopRequests(signals, scratch))
         stack.callback(training.loader.close)
         start_up = time.time() - psutil.Process().create_time()

@@ -47,8 +47,8 @@ def gpu(device: torch.device) -> Memory | None:
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    own = Memory(torch.cuda.max_memory_allocated(device), free + torch.cuda.memory_reserved(device))
-    return max(dist.gather(own), key=lambda memory: memory.peak / memory.limit)
+    own = (torch.cuda.max_memory_allocated(device), free + torch.cuda.memory_reserved(device))
+    return max((Memory(*item) for item in dist.gather(own)), key=lambda memory: memory.peak / memory.limit)
 
 
 def _job_limit() -> int | None:

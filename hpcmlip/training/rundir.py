@@ -9,10 +9,13 @@ from pathlib import Path
 
 from hpcmlip import dist
 from hpcmlip.config import RunConfig, dump, flat, read_yaml
-from hpcmlip.errors import ConfigError, RunError
+from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.files import write_atomic
-from hpcmlip.models.export import CARD, WEIGHTS
+from hpcmlip.models.export import WEIGHTS, read_model
+from hpcmlip.sealing import SchemaError, seal, unseal
 
+SCHEMA = 2
+"""Of the record of the end."""
 CONFIG = "config.yaml"
 DONE = "done.json"
 CHECKPOINTS = "checkpoints"
@@ -88,39 +91,39 @@ class RunDirectory:
 
 
 def write_end(run_dir: Path, record: dict) -> None:
-    """Leave the record of the end: what the run tells, with the hashes of its config and of the model it exported."""
-    card = json.loads((run_dir / CARD).read_text())
+    """Leave the record of the end: what the run tells, with the hashes of its config and of the model it exported.
+
+    Raises DataError if the model is not sound, OSError if the disk refuses.
+    """
+    _, card, _ = read_model(run_dir)
     hashes = {"config_sha256": _config_hash(run_dir), "weights_sha256": card["weights_sha256"]}
-    write_atomic(run_dir / DONE, json.dumps({"state": "finished", **record, **hashes}, indent=1))
+    write_atomic(run_dir / DONE, seal({"state": "finished", **record, **hashes}, SCHEMA))
 
 
 def finished(run_dir: Path) -> dict | None:
     """The record of a run that ended by itself; None if it has not.
 
-    Raises RunError if the config or the model beside it are no longer those it ended with.
+    Raises RunError if it is damaged or of another version, or if the config or the model beside it are no longer those
+    that the run ended with.
     """
+    path = run_dir / DONE
     try:
-        record = json.loads((run_dir / DONE).read_text())
-        if record["state"] != "finished":
-            return None
-        expected = {CONFIG: record["config_sha256"], WEIGHTS: record["weights_sha256"], CARD: record["weights_sha256"]}
+        record = unseal(path.read_bytes(), SCHEMA)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{run_dir / DONE} cannot be read ({type(error).__name__}: {error}): remove it to let the run go on"
-        ) from None
+    except SchemaError as error:
+        way = "upgrade hpcmlip" if error.is_newer else "use the hpcmlip that made it, or another --run-dir"
+        raise RunError(f"{path} {error}: {way}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}): remove it to let the run go on") from None
     try:
-        found = {
-            CONFIG: _config_hash(run_dir),
-            WEIGHTS: hashlib.sha256((run_dir / WEIGHTS).read_bytes()).hexdigest(),
-            CARD: json.loads((run_dir / CARD).read_text())["weights_sha256"],
-        }
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        _, card, _ = read_model(run_dir)
+        found = {CONFIG: _config_hash(run_dir), WEIGHTS: card["weights_sha256"]}
+    except UserError as error:
         raise RunError(f"the finished run {run_dir} is damaged ({error}): {_REMEDY}") from None
-    changed = [name for name in expected if found[name] != expected[name]]
-    if changed:
-        raise RunError(f"{run_dir / changed[0]} is not what the run ended with (its hash differs): {_REMEDY}")
+    for name, digest in ((CONFIG, record.get("config_sha256")), (WEIGHTS, record.get("weights_sha256"))):
+        if found[name] != digest:
+            raise RunError(f"{run_dir / name} is not what the run ended with (its sha256 differs): {_REMEDY}")
     return record
 
 

@@ -224,8 +224,8 @@ class Hdf5File(RawFile):
 
     def _missing(self, node, key: str, why: str = "") -> DataError:
         return DataError(
-            f"{self.path}: group {node.name} lacks the key '{key}'{why}{suggest(key, sorted(node))}: name the keys of the "
-            "file in 'levels', or take the reader of its layout"
+            f"{self.path}: group {node.name} lacks the key '{key}'{why}{suggest(key, sorted(node))}: name the keys of "
+            "the file in 'levels', or take the reader of its layout"
         )
 
     def _wrong_shape(self, data: h5py.Dataset, expected: str) -> DataError:

@@ -1,18 +1,17 @@
 """`hpcmlip submit` up to the queue: what it writes, what it refuses before that, and what it would submit."""
 
-import hashlib
 import json
 import os
 import socket
 from pathlib import Path
 
 import pytest
+from runs import pretend_finished
 
 from hpcmlip.cluster import experiment as experiments
 from hpcmlip.cluster.submission import How, retry, submit
 from hpcmlip.config import RunConfig, TransferSection, from_values, load
 from hpcmlip.errors import ConfigError, DataError, RunError
-from hpcmlip.training import rundir
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_only_what_has_not_finished_is_submitted(config, xtb_store, tmp_path, ca
     folder = tmp_path / "e"
     _submit(config, folder, evaluate=xtb_store)
     for member in (0, 2):
-        _pretend_finished(folder / f"member_{member:02d}")
+        pretend_finished(folder / f"member_{member:02d}")
     _submit(config, folder, members=5)
     assert "--array=1,3-4%8" in (folder / "slurm" / "train.sbatch").read_text()
     assert "members 1,3-4; 2 have finished already" in capsys.readouterr().out
@@ -161,15 +160,6 @@ def test_damaged_record_is_named(config, tmp_path, record, said):
         _submit(config, tmp_path / "e")
 
 
-def _pretend_finished(run_dir: Path) -> None:
-    weights = run_dir / "model.safetensors"
-    weights.write_bytes(b"weights")
-    digest = hashlib.sha256(b"weights").hexdigest()
-    (run_dir / "model.json").write_text(json.dumps({"weights_sha256": digest}))
-    (run_dir / "config.yaml").write_text("{}")
-    rundir.write_end(run_dir, {})
-
-
 def _contents(folder: Path) -> dict[str, str]:
     return {str(p): p.read_text() for p in folder.rglob("*") if p.is_file()}
 
@@ -180,7 +170,7 @@ def _contents(folder: Path) -> dict[str, str]:
 def test_retry_needs_no_config_and_takes_what_has_not_finished(config, xtb_store, tmp_path, capsys):
     folder = tmp_path / "e"
     _submit(config, folder, evaluate=xtb_store)
-    _pretend_finished(folder / "member_01")
+    pretend_finished(folder / "member_01")
     capsys.readouterr()
     assert retry(folder, How(dry_run=True)) == 0
     said = capsys.readouterr().out
@@ -193,7 +183,7 @@ def test_retry_needs_no_config_and_takes_what_has_not_finished(config, xtb_store
 def test_retry_leaves_alone_what_is_in_the_queue(config, xtb_store, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "e"
     _submit(config, folder, evaluate=xtb_store)
-    _pretend_finished(folder / "member_01")
+    pretend_finished(folder / "member_01")
     jobs = [{"id": "7", "kind": "train", "members": [0, 1, 2]}, {"id": "8", "kind": "evaluate", "members": []}]
     (folder / "jobs.json").write_text(json.dumps({"jobs": [{"submitted": ""} | job for job in jobs]}))
     queue = {"7_2": "RUNNING", "8": "PENDING"}
@@ -218,7 +208,7 @@ def test_retry_leaves_alone_what_is_in_the_queue(config, xtb_store, tmp_path, ca
 def test_retry_waits_for_no_process_of_this_machine(config, xtb_store, tmp_path, capsys):
     folder = tmp_path / "e"
     _submit(config, folder, members=2, evaluate=xtb_store)
-    _pretend_finished(folder / "member_01")
+    pretend_finished(folder / "member_01")
     starter = f"2026-01-01T00:00:00Z local-{os.getpid()}@{socket.gethostname()} started\n"
     (folder / "slurm" / "member_00.jobs").write_text(starter.replace("2026", "2999"))
     capsys.readouterr()
@@ -230,7 +220,7 @@ def test_retry_waits_for_no_process_of_this_machine(config, xtb_store, tmp_path,
 def test_retry_of_a_finished_experiment_does_nothing_even_without_slurm(config, tmp_path, capsys, monkeypatch):
     _submit(config, tmp_path / "e")
     for member in range(3):
-        _pretend_finished(tmp_path / "e" / f"member_{member:02d}")
+        pretend_finished(tmp_path / "e" / f"member_{member:02d}")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert retry(tmp_path / "e", How()) == 0
     assert "All 3 members" in (said := capsys.readouterr().out) and "nothing to do" in said

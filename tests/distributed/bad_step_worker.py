@@ -75,7 +75,7 @@ def stage_report(stage: int, values: dict, store: Path, world) -> dict:
     loader.close()
     report["finite"] = bool(torch.isfinite(before).all())
     own = torch.cat([p.detach().flatten() for p in engine.parameters().values()])
-    report["same_on_ranks"] = all(torch.equal(own, other) for other in dist.gather(own))
+    report["same_on_ranks"] = all(other == own.tolist() for other in dist.gather(own.tolist()))
     report["forces_equal"] = forces_equal(engine, next(loader.batches(1)))
     loader.close()
     return report

@@ -13,6 +13,7 @@ from hpcmlip.evaluation.ensemble import evaluate
 from hpcmlip.models.export import save_model
 from hpcmlip.models.potential import Potential
 from hpcmlip.training.errors import error_sums, figures
+from hpcmlip.training.rundir import RunDirectory, write_end
 
 LEVELS = {"dz": "EF", "cc": "E"}
 
@@ -55,7 +56,8 @@ def make_member(
         "versions": {},
     }
     save_model(run, potential, config=config, card=card)
-    (run / "done.json").write_text(json.dumps({"state": "finished", "step": step}))
+    with RunDirectory(run, config):
+        write_end(run, {"reason": f"{steps} steps done", "step": step})
     return run
 
 

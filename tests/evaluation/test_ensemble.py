@@ -16,7 +16,8 @@ from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, DataError, RunError
 from hpcmlip.evaluation import predictions
 from hpcmlip.evaluation.ensemble import evaluate
-from hpcmlip.models.export import load_model, save_model
+from hpcmlip.models.export import SCHEMA, load_model, save_model
+from hpcmlip.sealing import seal, unseal
 from hpcmlip.units import HARTREE, KCAL_PER_MOL
 
 RAW_KEYS = {"dz": ("wb97x_dz.energy", "wb97x_dz.forces"), "cc": ("ccsd(t)_cbs.energy", None)}
@@ -167,10 +168,10 @@ def test_references_cancel(experiment, ab_initio_store, evaluated, tmp_path):
     """The same network with a constant per element moved from its reference into its head says the same totals."""
     moved = tmp_path / "moved"
     shutil.copytree(experiment / "member_00", moved)
-    card = json.loads((moved / "model.json").read_text())
+    card = unseal((moved / "model.json").read_text(), SCHEMA)
     shift = np.array([0.3, -0.2, 0.1, 0.05])
     card["spec"]["reference_ev"] = (np.array(card["spec"]["reference_ev"]) + shift).tolist()
-    (moved / "model.json").write_text(json.dumps(card))
+    (moved / "model.json").write_text(seal(card, SCHEMA))
     evaluate([moved], ab_initio_store, split="test", out=tmp_path / "out", unit="eV")
     for n, rows in all_rows(evaluated).items():
         elements = np.array(card["spec"]["elements"])

@@ -6,7 +6,6 @@ The others go on, everything is named, --retry starts just what is missing, and 
 import hashlib
 import json
 import random
-import re
 import sys
 import time
 from collections import Counter

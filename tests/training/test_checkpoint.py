@@ -44,7 +44,7 @@ DAMAGE = {
     "no manifest": lambda p: (p / "MANIFEST.json").unlink(),
     "half a manifest": lambda p: (p / "MANIFEST.json").write_text('{"schema": 1, "fil'),
     "a manifest of something else": lambda p: (p / "MANIFEST.json").write_text("[]"),
-    "a newer schema": lambda p: (p / "MANIFEST.json").write_text(json.dumps({"schema": 99, "files": {}})),
+    "an edited manifest": lambda p: (p / "MANIFEST.json").write_text(json.dumps({"schema": 2, "files": {}})),
 }
 
 
