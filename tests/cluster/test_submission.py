@@ -68,9 +68,10 @@ def test_only_what_has_not_finished_is_submitted(config, xtb_store, tmp_path, ca
     assert "members 1,3-4; 2 have finished already" in capsys.readouterr().out
     # the evaluation asked for at first still counts
     assert experiments.open_experiment(folder).evaluation.store == xtb_store
-    # weights that are not those a run ended with do not count as finished
+    # weights that are not those a run ended with are neither finished nor to be trained: the user is asked
     (folder / "member_00" / "model.safetensors").write_bytes(b"other")
-    assert experiments.open_experiment(folder).unfinished() == [0, 1, 3, 4]
+    with pytest.raises(RunError, match=r"member_00 is damaged .* or remove the run directory to train again"):
+        experiments.open_experiment(folder).unfinished()
 
 
 def test_site_of_the_experiment_is_used_again(config, tmp_path):
