@@ -107,7 +107,7 @@ class Experiment:
             asked = open_store(self.evaluation.store).digest, self.evaluation.split
         except UserError:  # removed or damaged since: what was evaluated cannot be compared any more
             return False
-        return seen == (*asked, sorted(str(member and member.get("weights_sha256")) for member in done))
+        return seen == (*asked, sorted(str(member.get("weights_sha256")) for member in done))
 
 
 def is_finished(run_dir: Path) -> bool:
