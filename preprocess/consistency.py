@@ -8,7 +8,7 @@ mean force is minus the change of energy.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -30,6 +30,8 @@ MOST_OF_ALL_ELECTRONS = 2.0
 """Energies against the all-electron estimate: 1 where all electrons are computed, 0.07 where the valence shell is."""
 BOND = (0.6, 1.5)
 """Nearest distance against the sum of covalent radii, mean over a data set; some 1.9 in bohr."""
+FAR = 3.0
+"""A nearest distance counts as so many bonds at most: a few dissociated molecules do not move the mean."""
 SHORT_WAY = 0.3
 """Å, root mean square displacement of the atoms of two conformations that are compared."""
 LEAP = 3.0
@@ -40,7 +42,7 @@ ENOUGH = 30
 
 @dataclass(frozen=True)
 class Sums:
-    """Over rows; L levels. They add up over units."""
+    """Over rows; L levels, E elements. They add up over units."""
 
     binding: np.ndarray
     """[L, 2] number and sum of (E - isolated atoms) / N where these are known."""
@@ -48,50 +50,68 @@ class Sums:
     """[L, 4] number, Σab, Σa², Σb² of pairs with a = -ΔE and b = F·ΔR."""
     bonds: np.ndarray
     """[2] number and sum of nearest distances over covalent radii."""
-    fits: tuple[Offsets, ...]
-    """Composition against total energy; empty where isolated atoms are known."""
+    count: np.ndarray
+    """[L]; with the next three the normal equations of composition against total energy (`store.Offsets`), of levels
+    whose isolated atoms are not known."""
+    ata: np.ndarray
+    atb: np.ndarray
+    btb: np.ndarray
+
+    @staticmethod
+    def zeros(num_levels: int, num_elements: int) -> "Sums":
+        L, E = num_levels, num_elements
+        shapes = [(L, 2), (L, 4), (2,), (L,), (L, E, E), (L, E), (L,)]
+        return Sums(*(np.zeros(shape) for shape in shapes))
 
     def __add__(self, other: "Sums") -> "Sums":
-        E = len(self.fits[0].atb)
-        fits = tuple(offsets.add(pair, E) for pair in zip(self.fits, other.fits, strict=True))
-        return Sums(self.binding + other.binding, self.work + other.work, self.bonds + other.bonds, fits)
+        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def fit(self, level: int) -> Offsets:
+        """Normal equations of a level."""
+        ata, atb = self.ata[level].tolist(), self.atb[level].tolist()
+        return Offsets(int(self.count[level]), tuple(map(tuple, ata)), tuple(atb), float(self.btb[level]))
 
     def as_json(self) -> dict:
-        arrays = {f.name: getattr(self, f.name).tolist() for f in fields(self) if f.name != "fits"}
-        return arrays | {"fits": [astuple(fit) for fit in self.fits]}
+        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
 
     @staticmethod
     def from_json(values: dict) -> "Sums":
-        arrays = {name: np.array(part) for name, part in values.items() if name != "fits"}
-        return Sums(**arrays, fits=tuple(Offsets(*fit) for fit in values["fits"]))
+        return Sums(**{name: np.array(part) for name, part in values.items()})
 
 
-def nothing(job: Job) -> Sums:
-    L = len(job.levels)
-    fits = tuple(offsets.add([], len(job.elements)) for _ in job.levels)
-    return Sums(np.zeros((L, 2)), np.zeros((L, 4)), np.zeros(2), fits)
+class Meter:
+    """Adds up `sums` over the rows of a unit."""
 
+    def __init__(self, job: Job):
+        self._elements, self._force_levels = list(job.elements), job.force_levels
+        levels = job.store_levels()
+        known = [offsets.knows_isolated(level, self._elements) for level in levels]
+        self._isolated = [
+            offsets.isolated_energies(level, self._elements) if is_known else None
+            for level, is_known in zip(levels, known, strict=True)
+        ]
+        self.sums = Sums.zeros(len(levels), len(self._elements))
 
-def measure(job: Job, rows: Rows, kept: np.ndarray, bonds: np.ndarray) -> Sums:
-    """Of R rows, `kept` [R] bool of them, with `bonds` [R] as `checks.Verdict` has them."""
-    sums = nothing(job)
-    if not kept.any():
-        return sums
-    known, fits = list(job.elements), list(sums.fits)
-    counts = np.array([np.count_nonzero(rows.numbers == z) for z in known])
-    near = _neighbours(rows, kept)
-    for i, level in enumerate(job.store_levels()):
-        labelled = kept & np.isfinite(rows.energy[:, i])
-        energy = rows.energy[labelled, i]
-        if not offsets.knows_isolated(level, known):
-            fits[i] = offsets.accumulate(np.tile(counts, (len(energy), 1)), energy)
-        elif len(energy):
-            binding = (energy - counts @ offsets.isolated_energies(level, known)) / len(rows.numbers)
-            sums.binding[i] = len(binding), binding.sum()
-    for plane, i in enumerate(job.force_levels):
-        sums.work[i] = _work(rows, near, rows.energy[:, i], rows.forces[:, plane])
-    told = kept & np.isfinite(bonds)
-    return Sums(sums.binding, sums.work, np.array([told.sum(), bonds[told].sum()]), tuple(fits))
+    def add(self, rows: Rows, kept: np.ndarray, bonds: np.ndarray) -> None:
+        """R rows, `kept` [R] bool of them, with `bonds` [R] as `checks.Verdict` has them."""
+        if not kept.any():
+            return
+        sums, counts = self.sums, np.array([np.count_nonzero(rows.numbers == z) for z in self._elements])
+        for i, isolated in enumerate(self._isolated):
+            energy = rows.energy[kept, i]
+            energy = energy[np.isfinite(energy)]
+            if isolated is not None:
+                sums.binding[i] += len(energy), (energy - counts @ isolated).sum() / len(rows.numbers)
+            else:
+                sums.count[i] += len(energy)
+                sums.ata[i] += len(energy) * np.outer(counts, counts)
+                sums.atb[i] += counts * energy.sum()
+                sums.btb[i] += energy @ energy
+        near = _neighbours(rows, kept)
+        for plane, i in enumerate(self._force_levels):
+            sums.work[i] += _work(rows, near, rows.energy[:, i], rows.forces[:, plane])
+        told = bonds[kept & np.isfinite(bonds)]
+        sums.bonds[:] += len(told), np.minimum(told, FAR).sum()
 
 
 def _neighbours(rows: Rows, kept: np.ndarray) -> np.ndarray:
@@ -135,15 +155,15 @@ def _wrong(job: Job, sums: Sums) -> Iterator[str]:
             f"the two nearest atoms of a structure are on average {length / bonds:.2f} bond lengths apart: probably "
             "the coordinates are in another unit than Å (bohr would give 1.9)"
         )
-    for level, (count, binding), work, fit in zip(job.levels, sums.binding, sums.work, sums.fits, strict=True):
+    for i, (level, (count, binding), work) in enumerate(zip(job.levels, sums.binding, sums.work, strict=True)):
         if count and abs(binding / count) > LARGEST_BINDING:
             yield (
                 f"the energies of level '{level.name}' are on average {binding / count:.0f} eV an atom away from "
                 "the isolated atoms: probably in another unit than the reader takes them for, or atomic_energies "
                 "belongs to another level of theory"
             )
-        elif fit.count >= ENOUGH:
-            yield from _wrong_energies(job, level.name, fit)
+        elif sums.count[i] >= ENOUGH:
+            yield from _wrong_energies(job, level.name, sums.fit(i))
         cosine, _ = _slope(work)
         if cosine < -0.5:
             yield (
@@ -164,8 +184,8 @@ def _wrong_energies(job: Job, level: str, fit: Offsets) -> Iterator[str]:
 
 
 def _odd(job: Job, sums: Sums) -> Iterator[str]:
-    for level, work, fit in zip(job.levels, sums.work, sums.fits, strict=True):
-        hydrogen = _fitted_hydrogen(job, fit) if fit.count >= ENOUGH else None
+    for i, (level, work) in enumerate(zip(job.levels, sums.work, strict=True)):
+        hydrogen = _fitted_hydrogen(job, sums.fit(i)) if sums.count[i] >= ENOUGH else None
         if hydrogen is not None and hydrogen > HYDROGEN[1]:
             yield (
                 f"level '{level.name}': least squares on the composition give an H atom {hydrogen:.2f} eV, total "

@@ -131,13 +131,13 @@ def _check_options(config: DataConfig, known: dict) -> None:
 
 
 def _sources(config: DataConfig) -> tuple[SourceFile, ...]:
-    paths: list[Path] = []
-    for pattern in config.sources:
-        found = [pattern] if pattern.exists() else [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
-        if not found:
-            raise DataError(f"there is no source file {pattern}; check 'sources' of the config")
-        paths += found
-    if len({path.resolve() for path in paths}) != len(paths):
+    try:
+        paths = [path for pattern in config.sources for path in _matching(pattern)]
+        resolved = {path.resolve(strict=True) for path in paths}
+        stats = [path.stat() for path in paths]
+    except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's word for a loop of symbolic links
+        raise DataError(f"cannot read a source ({error}); check 'sources' of the config") from None
+    if len(resolved) != len(paths):
         raise ConfigError("sources: a file is named twice")
     for path in paths:
         if not path.is_file():
@@ -146,5 +146,12 @@ def _sources(config: DataConfig) -> tuple[SourceFile, ...]:
     if len(set(names)) != len(names):
         top = os.path.commonpath([path.parent for path in paths])
         names = [str(path.relative_to(top)) for path in paths]
-    stats = [path.stat() for path in paths]
     return tuple(SourceFile(p, n, s.st_size, s.st_mtime_ns) for p, n, s in zip(paths, names, stats, strict=True))
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The file itself, or those that match the glob pattern."""
+    found = [pattern] if pattern.exists() else [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
+    if not found:
+        raise DataError(f"there is no source file {pattern}; check 'sources' of the config")
+    return found

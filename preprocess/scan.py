@@ -111,7 +111,7 @@ def run(task: ScanTask) -> int:
     job, columns, keys = task.job, {}, {}
     bad: list[list] = []
     periodic = False
-    sums = consistency.nothing(job)
+    meter = consistency.Meter(job)
     opened: dict = {}
     try:
         for number, piece in enumerate(task.pieces):
@@ -126,11 +126,11 @@ def run(task: ScanTask) -> int:
                 columns.setdefault(piece.group.num_atoms, {}).setdefault(name, []).append(values)
             kept = part["split"] != LEFT_OUT
             periodic = periodic or (rows.pbc is not None and bool(rows.pbc[kept].any()))
-            sums += consistency.measure(job, rows, kept, verdict.bonds)
+            meter.add(rows, kept, verdict.bonds)
     finally:
         for file in opened.values():
             file.close()
-    _write(task, columns, keys, {"periodic": periodic, "bad": bad, "sums": sums.as_json()})
+    _write(task, columns, keys, {"periodic": periodic, "bad": bad, "sums": meter.sums.as_json()})
     return len(bad)
 
 
@@ -215,7 +215,7 @@ class Scanned:
 def gather(job: Job, num_units: int) -> Scanned:
     """Read the receipts of all units."""
     rows, num_bad, periodic, counts, keys = 0, 0, False, [], set()
-    sums = consistency.nothing(job)
+    sums = consistency.Sums.zeros(len(job.levels), len(job.elements))
     for unit in range(num_units):
         receipt = json.loads(receipt_path(job, unit).read_bytes())
         rows += receipt["rows"]

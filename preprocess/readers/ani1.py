@@ -9,7 +9,7 @@ from pathlib import Path
 from hpcmlip.preprocess.config import LevelSource
 from hpcmlip.preprocess.readers import Levels, RawFile
 from hpcmlip.preprocess.readers.ani1x import WB97X_ATOMS
-from hpcmlip.preprocess.readers.hdf5 import Hdf5File, Layout
+from hpcmlip.preprocess.readers.hdf5 import HIGH_ENERGY, Hdf5File, Layout
 
 COMPONENT = "ANI-1: 22 million conformations of 57 thousand molecules, wB97X/6-31G(d) energies"
 ENERGY_UNIT = "Ha"
@@ -20,5 +20,5 @@ OPTIONS = {"high_energy": False}
 
 def open_file(path: Path, levels: Levels, options: dict) -> RawFile:
     """An opened file; raises DataError if it is absent, damaged or no HDF5."""
-    suffixes = ("", "HE") if options.get("high_energy") else ("",)
+    suffixes = ("", HIGH_ENERGY) if options.get("high_energy") else ("",)
     return Hdf5File(path, levels, Layout(atoms="species", smiles="letters", suffixes=suffixes))

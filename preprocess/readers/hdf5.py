@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 COORDINATES = "coordinates"
+HIGH_ENERGY = "HE"
+"""Suffix of the keys of ANI-1's conformations beside the main list."""
 CACHE_BYTES = 1 << 20
 
 
@@ -110,10 +112,11 @@ class Hdf5File(RawFile):
         return RawGroup(ordinal, path, self._count(node), atoms.shape[0])
 
     def _warn_of_what_is_left_out(self, node: h5py.Group) -> None:
-        taken = {COORDINATES + suffix for suffix in self.layout.suffixes}
-        for key in sorted(key for key in node if key.startswith(COORDINATES) and key not in taken):
+        if COORDINATES + HIGH_ENERGY in node and HIGH_ENERGY not in self.layout.suffixes:
             log.warning(
-                "%s: the conformations of '%s' are left out; reader ani1 takes some by its options", self.path, key
+                "%s: high-energy conformations (%s) are left out; reader ani1 takes them with the option high_energy",
+                self.path,
+                COORDINATES + HIGH_ENERGY,
             )
 
     def _warn_of_single_precision(self, node: h5py.Group) -> None:
