@@ -21,6 +21,8 @@ COORDINATES = "coordinates"
 HIGH_ENERGY = "HE"
 """Suffix of the keys of ANI-1's conformations beside the main list."""
 CACHE_BYTES = 1 << 20
+BROKEN = (OSError, RuntimeError, KeyError, ValueError, TypeError)
+"""What h5py raises for damaged files."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Hdf5File(RawFile):
     def groups(self) -> list[RawGroup]:
         try:
             paths = sorted(self._walk(self.file, set()))
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except BROKEN as error:
             raise self._damaged("/", error) from None
         if not paths:
             raise DataError(
@@ -66,9 +68,7 @@ class Hdf5File(RawFile):
             parts = [
                 self._read_part(node, numbers, suffix, *span) for suffix, *span in self._spans(node, group, start, stop)
             ]
-        except DataError:
-            raise
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        except BROKEN as error:
             raise self._damaged(group.path, error) from None
         if len(parts) == 1:
             return parts[0]
@@ -92,11 +92,13 @@ class Hdf5File(RawFile):
 
     def _describe(self, ordinal: int, path: str) -> RawGroup:
         try:
-            node = self.file[path]
-            atoms = self._dataset(node, self.layout.atoms)
-            coordinates = self._dataset(node, COORDINATES)
-        except (OSError, RuntimeError, KeyError) as error:
+            return self._checked(ordinal, self.file[path])
+        except BROKEN as error:
             raise self._damaged(path, error) from None
+
+    def _checked(self, ordinal: int, node: h5py.Group) -> RawGroup:
+        atoms = self._dataset(node, self.layout.atoms)
+        coordinates = self._dataset(node, COORDINATES)
         if atoms.ndim != 1 or not atoms.shape[0]:
             raise self._wrong_shape(atoms, "(Na,) with at least one atom")
         shape = coordinates.shape
@@ -109,7 +111,7 @@ class Hdf5File(RawFile):
         if ordinal == 0:
             self._warn_of_what_is_left_out(node)
             self._warn_of_single_precision(node)
-        return RawGroup(ordinal, path, self._count(node), atoms.shape[0])
+        return RawGroup(ordinal, node.name, self._count(node), atoms.shape[0])
 
     def _warn_of_what_is_left_out(self, node: h5py.Group) -> None:
         if COORDINATES + HIGH_ENERGY in node and HIGH_ENERGY not in self.layout.suffixes:

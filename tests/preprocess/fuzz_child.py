@@ -28,7 +28,7 @@ def read(config: Path, source: Path) -> dict:
     numbers = hashlib.sha256()
     job = make(load(DataConfig, config, [f"sources=['{source}']"]))
     with job.open(0) as file:
-        for group in file.groups():
+        for group in (group for group in file.groups() if group.rows):
             rows = file.read(group, 0, group.rows)
             judge(rows, job)
             for values in (rows.numbers, rows.pos, rows.energy, rows.forces, fingerprints.of(rows)):

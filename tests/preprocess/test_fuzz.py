@@ -66,6 +66,7 @@ TYPES = ("f4", "f8", "f2", ">f4", ">f8", "i1", "u1", "i4", ">i8", "S1", "S3", "?
 KEYS = ("coordinates", "species", "energies", "forces", "smiles")
 NAMES = st.sampled_from(KEYS) | st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1)
 SIZES = st.integers(0, 3)
+RARELY = st.sampled_from([False] * 24 + [True])
 
 
 @st.composite
@@ -73,10 +74,10 @@ def arrays(draw, key: str, N: int, R: int) -> np.ndarray:
     """Mostly what belongs under a key of N atoms and R conformations, sometimes anything."""
     right = {"coordinates": (R, N, 3), "forces": (R, N, 3), "species": (N,), "energies": (R,), "smiles": (R,)}
     shape = right.get(key, (R,))
-    if draw(st.integers(0, 9)) == 0:
+    if draw(RARELY):
         shape = tuple(draw(st.lists(SIZES, max_size=4)))
     kind = {"species": "u1", "smiles": "S3"}.get(key, "f8")
-    if draw(st.integers(0, 4)) == 0:
+    if draw(RARELY):
         kind = draw(st.sampled_from(TYPES))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     if kind == "text":
@@ -90,8 +91,8 @@ def arrays(draw, key: str, N: int, R: int) -> np.ndarray:
 
 @st.composite
 def groups(draw) -> dict[str, np.ndarray]:
-    N, R = draw(SIZES), draw(SIZES)
-    lacking = draw(st.sets(st.sampled_from(KEYS), max_size=1) if draw(st.booleans()) else st.just({"smiles"}))
+    N, R = draw(st.integers(1, 4)), draw(SIZES)
+    lacking = {draw(st.sampled_from(KEYS))} if draw(RARELY) else {"smiles"}
     found = {key: draw(arrays(key, N, R)) for key in KEYS if key not in lacking}
     return found | {name: draw(arrays(name, N, R)) for name in draw(st.lists(NAMES, max_size=2)) if name not in found}
 
