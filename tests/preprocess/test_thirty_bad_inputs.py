@@ -272,6 +272,46 @@ def test_30_wrong_settings(case, config, hpcmlip, tmp_path, monkeypatch):
     assert not (tmp_path / "out.zarr").exists() and (code == 1 or not (tmp_path / "out.zarr.partial").exists())
 
 
+def test_30_a_store_of_another_cutoff(raw, config, hpcmlip):
+    assert hpcmlip("shard", config)[0] == 0
+    code, _, err = hpcmlip("shard", config, "cutoff=5")
+    assert code == 2 and "was sharded with another config (cutoff was 6.5, is 5.0); choose another 'out'" in err
+
+
+RUNS = {
+    "misspelt key": (2, ["train.epoch=3"], "unknown key 'train.epoch' (did you mean 'epochs'?"),
+    "wrong type": (2, ["optim.lr=fast"], "optim.lr: expected a number, got 'fast'"),
+    "batch of 0": (2, ["data.pairs_per_batch=0"], "data.pairs_per_batch: must be greater than"),
+    "negative cutoff": (2, ["model.cutoff=-1"], "model.cutoff: must be greater than 0"),
+    "no run directory": (2, ["--run-dir", "STORE/manifest.json/run"], "give another --run-dir"),
+    "no such level": (2, ["data.levels={ccc: E}"], "no level 'ccc' in"),
+    "no such store": (1, ["data.stores=[absent.zarr]"], "there is no store at"),
+    "future store": (1, ["data.stores=[FUTURE]"], "has schema 99, this hpcmlip reads up to 2: upgrade hpcmlip"),
+}
+"""Number 30, of RUN.yaml."""
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_30_wrong_runs(case, ab_initio_store, write_run, cli, tmp_path):
+    code, settings, says = RUNS[case]
+    future = tmp_path / "future.zarr"
+    if case == "future store":
+        shutil.copytree(ab_initio_store, future)
+        text = (future / "zarr.json").read_text()
+        (future / "zarr.json").write_text(text.replace('"schema": 1', '"schema": 99'))
+    settings = [text.replace("STORE", str(ab_initio_store)).replace("FUTURE", str(future)) for text in settings]
+    finished = cli("train", write_run(tmp_path), *settings, expect=code, cwd=tmp_path, timeout=60)
+    told = [line for line in finished.stderr.splitlines() if line.startswith("hpcmlip: ")]
+    assert len(told) == 1 and says in told[0], finished.output
+    assert "Traceback" not in finished.output
+
+
+def test_30_two_levels_of_one_name(write_run, cli, tmp_path):
+    config = write_run(tmp_path)
+    config.write_text(config.read_text().replace("  levels:\n", "  levels:\n    cc: E\n"))
+    assert "the key 'cc' stands there twice" in cli("train", config, expect=2, cwd=tmp_path).stderr
+
+
 def test_every_number_is_there():
     special = {
         int(name.split("_")[1]) for name in globals() if name.startswith("test_") and name.split("_")[1].isdigit()
