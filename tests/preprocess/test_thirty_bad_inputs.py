@@ -5,6 +5,7 @@ a store and a report that lists exactly the bad rows; or, where the input is onl
 """
 
 import csv
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
