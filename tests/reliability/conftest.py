@@ -1,6 +1,8 @@
 """An undisturbed run to compare with, and hpcmlip with a mechanism broken."""
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,3 +35,36 @@ def undisturbed(write_run, mpirun, tmp_path_factory) -> Undisturbed:
 def broken() -> Callable[[str], list[str]]:
     """`broken("moments")` -> the Python program (for `mpirun`) that is hpcmlip with that of broken.py broken."""
     return lambda mechanism: [str(BROKEN), mechanism]
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of a few pages in memory."""
+
+    path: Path
+
+    def fill(self, *, pages: int = 0) -> None:
+        """Take all room but for so many pages of 4 kB."""
+        free = os.statvfs(self.path).f_bavail
+        (self.path / "filler").write_bytes(bytes(4096 * (free - pages)))
+
+    def free(self) -> None:
+        (self.path / "filler").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[..., SmallDisk]]:
+    """`small_disk(folder, "ro")` -> one of 256 kB mounted there; needs root."""
+    mounted = []
+
+    def mount(folder: Path, *options: str) -> SmallDisk:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(["size=256k", *options]), "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("a full disk needs root and the right to mount")
+        mounted.append(folder)
+        return SmallDisk(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
