@@ -26,9 +26,21 @@ def undisturbed(write_run, mpirun, tmp_path_factory) -> Undisturbed:
     """Two ranks at ZeRO 1, two epochs of 15 steps, a checkpoint every third step and at each validation."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_run(folder)
-    ended = mpirun(2, "train", config, "--run-dir", folder / "run")
+    return _run(config, mpirun)
+
+
+@pytest.fixture(scope="session")
+def many_steps(write_run, mpirun, tmp_path_factory) -> Undisturbed:
+    """Two ranks, some 120 small steps, so that what is told of them fills several pages of a disk."""
+    train = {"checkpoint_steps": 25, "log_seconds": 1e-3}
+    config = write_run(tmp_path_factory.mktemp("many_steps"), data={"pairs_per_batch": 300}, train=train)
+    return _run(config, mpirun)
+
+
+def _run(config: Path, mpirun) -> Undisturbed:
+    ended = mpirun(2, "train", config, "--run-dir", config.parent / "run")
     assert ended.returncode == 0, ended.output
-    return Undisturbed(config, RunDir(folder / "run"), ended.seconds)
+    return Undisturbed(config, RunDir(config.parent / "run"), ended.seconds)
 
 
 @pytest.fixture(scope="session")

@@ -11,17 +11,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 PAGE = 4096
 
 
-@pytest.fixture(scope="module")
-def many_steps(write_run, mpirun, tmp_path_factory):
-    """(config, RunDir) of an undisturbed run whose record fills several pages."""
-    folder = tmp_path_factory.mktemp("many_steps")
-    train = {"checkpoint_steps": 25, "log_seconds": 0.05}
-    config = write_run(folder, data={"pairs_per_batch": 300}, train=train)
-    ended = mpirun(2, "train", config, "--run-dir", folder / "run")
-    assert ended.returncode == 0, ended.output
-    return config, RunDir(folder / "run")
-
-
 @pytest.fixture
 def on_small_disk(many_steps, mpirun, small_disk, tmp_path):
     """`on_small_disk(pages, program=...)` -> (Ended, RunDir, SmallDisk) of the run with so much room for its record."""
@@ -31,7 +20,7 @@ def on_small_disk(many_steps, mpirun, small_disk, tmp_path):
         disk.fill(pages=pages)
         run_dir.path.mkdir()
         (run_dir.path / "metrics.jsonl").symlink_to(disk.path / "metrics.jsonl")
-        return mpirun(2, "train", many_steps[0], "--run-dir", run_dir.path, **how), run_dir, disk
+        return mpirun(2, "train", many_steps.config, "--run-dir", run_dir.path, **how), run_dir, disk
 
     return run
 
@@ -47,7 +36,7 @@ def wrong(ended: Ended, path: Path) -> list[str]:
 
 @pytest.mark.fault("R7", sample=1, soak=5)
 def test_a_full_disk_under_the_record_ends_all_ranks(many_steps, on_small_disk, mpirun, draw):
-    config, undisturbed = many_steps
+    undisturbed = many_steps.run_dir
     needed = math.ceil((undisturbed.path / "metrics.jsonl").stat().st_size / PAGE)
     pages = draw.rng.randrange(needed)
     print(f"room for {pages} pages of {needed}")
@@ -55,7 +44,7 @@ def test_a_full_disk_under_the_record_ends_all_ranks(many_steps, on_small_disk, 
     assert not wrong(ended, run_dir.path / "metrics.jsonl"), ended.output
     assert (run_dir.path / "metrics.jsonl").stat().st_size == pages * PAGE, "ended before the disk was full"
     disk.free()
-    ended = mpirun(2, "train", config, "--run-dir", run_dir.path)
+    ended = mpirun(2, "train", many_steps.config, "--run-dir", run_dir.path)
     assert ended.returncode == 0, ended.output
     assert not differences(run_dir, undisturbed)
 
