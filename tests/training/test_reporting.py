@@ -37,10 +37,9 @@ def logging_to(tmp_path):
     return set_up
 
 
-def test_a_line_of_the_log_holds_all_that_one_waits_for(make_config, logging_to, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 7200))
+def test_a_line_of_the_log_holds_all_that_one_waits_for(make_config, logging_to, tmp_path):
     config = make_config(train={"epochs": 10, "log_seconds": 1e-6})
-    with logging_to(), Reporter(config, tmp_path, enabled=True, first_step=0) as reporter:
+    with logging_to(), Reporter(config, tmp_path, enabled=True, first_step=0, seconds_left=lambda: 7200.0) as reporter:
         for step in (1, 2):
             time.sleep(0.01)
             reporter.step(step=step, epoch=step / 4, loss=12.5, lr=1e-3, structures=64, waited=0.005)
@@ -54,7 +53,7 @@ def test_a_long_validation_is_shown(make_config, dataset, logging_to, tmp_path):
     config = make_config(train={"log_seconds": 1e-6})
     batches = list(split_batches(dataset, config.data, "val", cutoff=6.5, rank=0, size=1))
     total = dataset.count("val")
-    with logging_to(), Reporter(config, tmp_path, enabled=True, first_step=0) as reporter:
+    with logging_to(), Reporter(config, tmp_path, enabled=True, first_step=0, seconds_left=lambda: None) as reporter:
         assert list(reporter.watch_validation(batches, total)) == batches
     lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "validation: " in line]
     assert len(lines) == len(batches) and f"validation: {total} of {total} structures" in lines[-1]
