@@ -382,7 +382,9 @@ def _parse(text: str, where: str):
 
 def _set(values: dict, keys: list[str], value) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
+        if values.get(key) is None:  # a section that is absent may be written out as null
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise ConfigError(f"cannot set '{'.'.join(keys)}': '{key}' is not a section")
     values[keys[-1]] = value

@@ -128,6 +128,13 @@ def test_only_sharding_knows_dask():
     assert users <= DASK_MODULES and users
 
 
+def test_a_tracker_is_imported_in_its_own_process_only():
+    trackers = {"wandb", "mlflow"}
+    users = {m.name for m in MODULES if any(name.split(".")[0] in trackers for name in imports(m))}
+    own = {f"hpcmlip.trackers.{name}" for name in trackers}
+    assert users == own and not [m.name for m in MODULES if imports(m) & own]
+
+
 def test_only_dist_reads_the_variables_of_launchers():
     """By subscript, get or getenv; training sets LOCAL_RANK for DeepSpeed, which is no reading."""
     readers = {

@@ -7,8 +7,6 @@ here is a tracker if it sets `COMPONENT`; its `Tracker(run)` has `log(step, time
 
 from dataclasses import dataclass
 
-CLOSE_SECONDS = 10.0
-"""So long may a tracker take to finish after the last line."""
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 """How a run may end, for this start of it."""
 

@@ -1,6 +1,7 @@
-"""`python -m hpcmlip.trackers KIND` reads {run}, {step, time, figures}..., {end} as lines of JSON from stdin.
+"""`python -m hpcmlip.trackers KIND SECONDS` reads {run}, {step, time, figures}..., {end} as lines of JSON from stdin.
 
-What cannot go on says so in one sentence on stderr and ends. Without {end}, the run was killed.
+What cannot go on says so in one sentence on stderr and ends, as it does SECONDS after the end of stdin. Without {end},
+the run was killed.
 """
 
 import json
@@ -12,13 +13,13 @@ import threading
 import time
 
 from hpcmlip import plugins
-from hpcmlip.trackers import CLOSE_SECONDS, FAILED, Run
+from hpcmlip.trackers import FAILED, Run
 
 MOST = 200
 """Characters of a library's message that are passed on."""
 
 
-def main(kind: str) -> None:
+def main(kind: str, seconds: float) -> None:
     # the signals of a job are for the run, which ends this process by closing the pipe
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -28,7 +29,7 @@ def main(kind: str) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    threading.Thread(target=_read, args=(lines, seconds), daemon=True).start()
     code = 0
     try:
         _follow(kind, lines)
@@ -38,11 +39,11 @@ def main(kind: str) -> None:
     os._exit(code)  # what libraries do at exit may wait for a server
 
 
-def _read(lines: queue.SimpleQueue) -> None:
+def _read(lines: queue.SimpleQueue, seconds: float) -> None:
     for line in sys.stdin:
         lines.put(line)
     lines.put(None)
-    time.sleep(CLOSE_SECONDS)
+    time.sleep(seconds)
     os._exit(1)
 
 
@@ -67,4 +68,4 @@ def _sentence(kind: str, error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], float(sys.argv[2]))

@@ -56,7 +56,13 @@ class Tracker:
 def _check_complete(path: Path, last: bytes) -> None:
     """Raises OSError if W&B does not write what it was given last; of itself it would not say so."""
     deadline = time.monotonic() + _WRITE_SECONDS
-    while last not in path.read_bytes()[-_TAIL_BYTES:]:
+    while last not in _tail(path):
         if time.monotonic() > deadline:
             raise OSError(f"{path.absolute()} is not complete: is the disk full?")
         time.sleep(0.1)
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return file.read()

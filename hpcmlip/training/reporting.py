@@ -115,7 +115,7 @@ class Reporter:
         left, job = self._left(now, epoch), self._job_left()
         if self._bars is not None:
             short = f"loss {loss:.4g}  {speed:.0f}/s  wait {wait:.0%}  {left}{job and f' (job {job})'}"
-            self._bars.update(self._task, completed=int(epoch), figures=short)
+            self._bars.update(self._task, completed=epoch, figures=short)
         if now - self._logged >= self._log_seconds:
             if self._bars is None:
                 text = f"loss {loss:.4g}, lr {lr:.3g}, {speed:.0f} structures/s, data wait {wait:.0%}, {left}"

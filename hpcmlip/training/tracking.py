@@ -11,10 +11,16 @@ import time
 from pathlib import Path
 
 from hpcmlip.config import RunConfig, flat
-from hpcmlip.trackers import CLOSE_SECONDS, Run
+from hpcmlip.trackers import Run
 from hpcmlip.training.rundir import fixed
 
 log = logging.getLogger(__name__)
+
+
+CLOSE_SECONDS = 10.0
+"""So long may a tracker take to finish after the end of the run."""
+_MOST_BYTES = 2**20
+"""Kept for a tracker that does not take them."""
 
 
 class Tracking:
@@ -24,9 +30,10 @@ class Tracking:
         self._kind = config.track.kind
         self._place = f"with the server {config.track.server}" if config.track.server else f"in {run_dir}"
         self._process: subprocess.Popen | None = None
+        self._unsent = b""
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "hpcmlip.trackers", self._kind],
+                [sys.executable, "-m", "hpcmlip.trackers", self._kind, str(CLOSE_SECONDS)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -47,33 +54,33 @@ class Tracking:
         self._send({"end": end})
         if self._process is None:
             return
-        process = self._process
-        process.stdin.close()
         try:
-            if process.wait(CLOSE_SECONDS) != 0:
-                self._warn(_last_line(process))
+            _, said = self._process.communicate(self._unsent, timeout=CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            self._warn(f"it did not finish within {CLOSE_SECONDS:.0f} s, {self._place}")
-        process.stderr.close()
-        self._process = None
+            self._give_up(f"it did not finish within {CLOSE_SECONDS:.0f} s, {self._place}")
+            return
+        if self._process.returncode != 0:
+            self._warn(_last_line(said, self._process))
 
     def _send(self, values: dict) -> None:
         if self._process is None:
             return
-        line = json.dumps(values).encode() + b"\n"
+        self._unsent += json.dumps(values).encode() + b"\n"
         try:
-            # the other end takes lines at once, whatever its tracker waits for; a full pipe means that it stands still
-            if self._process.stdin.write(line) == len(line):
-                return
-            reason = "it takes no more figures"
-            self._process.kill()
+            # None if the pipe is full: the other end takes lines whatever its tracker waits for, once it runs
+            written = self._process.stdin.write(self._unsent) or 0
         except BrokenPipeError:
-            reason = _last_line(self._process)
-        self._process.wait()
-        self._process.stdin.close()
-        self._process.stderr.close()
+            _, said = self._process.communicate()
+            self._warn(_last_line(said, self._process))
+            self._process = None
+            return
+        self._unsent = self._unsent[written:]
+        if len(self._unsent) > _MOST_BYTES:
+            self._give_up("it takes no more figures")
+
+    def _give_up(self, reason: str) -> None:
+        self._process.kill()
+        self._process.communicate()
         self._process = None
         self._warn(reason)
 
@@ -96,6 +103,6 @@ def describe(config: RunConfig, run_dir: Path) -> Run:
     )
 
 
-def _last_line(process: subprocess.Popen) -> str:
-    lines = process.stderr.read().decode(errors="replace").splitlines()
-    return lines[-1] if lines else f"its process ended with code {process.wait()}"
+def _last_line(said: bytes, process: subprocess.Popen) -> str:
+    lines = said.decode(errors="replace").splitlines()
+    return lines[-1] if lines else f"its process ended with code {process.returncode}"

@@ -33,7 +33,24 @@ def after_success() -> None:
     scheduler.sbatch_command = lambda *args, **kw: [w.replace("afterany", "afterok") for w in command(*args, **kw)]
 
 
-BROKEN = {function.__name__: function for function in (moments, position, after_success)}
+def record() -> None:
+    """Nobody is told that metrics.jsonl cannot be written."""
+    from hpcmlip.training.metrics import MetricsFile
+
+    MetricsFile._fail = lambda self, error, size=0: None
+
+
+def board() -> None:
+    """What TensorBoard's file raises is not caught."""
+    from hpcmlip.training.board import Board
+
+    def let_through(self, error):
+        raise error
+
+    Board._give_up = let_through
+
+
+BROKEN = {function.__name__: function for function in (moments, position, after_success, record, board)}
 
 
 if __name__ == "__main__":
