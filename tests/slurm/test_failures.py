@@ -75,7 +75,7 @@ def test_three_of_five_fail_each_in_its_way(queue, cli, xtb_store, tmp_path, dra
     foreign.write_text((experiment.folder / "configs" / f"{of[KILLED]}.yaml").read_text())
     cli(*arguments, env=queue.env)
     killed = f"{experiment.array}_{fates.index(KILLED)}"
-    wait_until(lambda: queue.processes(killed), 60, lambda: str(queue.jobs()))
+    wait_until(lambda: queue.processes(killed), 120, lambda: str(queue.jobs()))
     moment = draw.rng.uniform(0, 8)
     time.sleep(moment)
     what = _kill_one(queue, killed, draw.rng)
