@@ -46,12 +46,21 @@ def fixed_port() -> None:
 
 
 def build() -> None:
-    """DeepSpeed builds its shared-memory extension when it starts."""
+    """DeepSpeed builds its shared-memory extension when it starts; the file "waits" says that it waits for another."""
     from collections import defaultdict
+    from pathlib import Path
 
     import deepspeed.ops
+    from torch.utils.file_baton import FileBaton
 
     wanted = defaultdict(bool, deepspeed_shm_comm=True)
+    wait = FileBaton.wait
+
+    def told(self):
+        Path(self.lock_file_path).with_name("waits").touch()
+        wait(self)
+
+    FileBaton.wait = told
 
     class Kept(type(deepspeed.ops)):
         def __setattr__(self, name, value):
