@@ -50,7 +50,43 @@ def board() -> None:
     Board._give_up = let_through
 
 
-BROKEN = {function.__name__: function for function in (moments, position, after_success, record, board)}
+def fixed_port() -> None:
+    """Rank 0 of every job listens on one port, and the others believe whoever answers there."""
+    from torch.distributed import TCPStore
+
+    from hpcmlip import rendezvous
+
+    def meet(folder, key, *, rank, size, timeout):
+        return TCPStore("127.0.0.1", 29511, is_master=rank == 0, wait_for_workers=False, timeout=timeout)
+
+    rendezvous.meet = meet
+
+
+def build() -> None:
+    """DeepSpeed builds its shared-memory extension when it starts; the file "waits" says that it waits for another."""
+    from collections import defaultdict
+    from pathlib import Path
+
+    import deepspeed.ops
+    from torch.utils.file_baton import FileBaton
+
+    wanted = defaultdict(bool, deepspeed_shm_comm=True)
+    wait = FileBaton.wait
+
+    def told(self):
+        Path(self.lock_file_path).with_name("waits").touch()
+        wait(self)
+
+    FileBaton.wait = told
+
+    class Kept(type(deepspeed.ops)):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, wanted if name == "__compatible_ops__" else value)
+
+    deepspeed.ops.__class__ = Kept
+
+
+BROKEN = {name: value for name, value in list(globals().items()) if getattr(value, "__module__", "") == __name__}
 
 
 if __name__ == "__main__":

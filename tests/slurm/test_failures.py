@@ -17,6 +17,7 @@ from experiments import JOB_SECONDS, ONE_PROCESS, TWO_NODES, Submitted, run_yaml
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(3 * 3600)]
 
+BROKEN = Path(__file__).parents[1] / "reliability" / "broken.py"
 FAILS, KILLED, DIVERGES, GOOD = "exits 1", "kill -9", "diverges", "good"
 LEARNING_RATES = {FAILS: 1.0e-3, KILLED: 2.0e-3, DIVERGES: 1.0e30, GOOD: 3.0e-3}
 
@@ -74,8 +75,8 @@ def test_three_of_five_fail_each_in_its_way(queue, cli, xtb_store, tmp_path, dra
     foreign.write_text((experiment.folder / "configs" / f"{of[KILLED]}.yaml").read_text())
     cli(*arguments, env=queue.env)
     killed = f"{experiment.array}_{fates.index(KILLED)}"
-    wait_until(lambda: queue.processes(killed), 60, lambda: str(queue.jobs()))
-    moment = draw.rng.uniform(0, 10)
+    wait_until(lambda: queue.processes(killed), 120, lambda: str(queue.jobs()))
+    moment = draw.rng.uniform(0, 8)
     time.sleep(moment)
     what = _kill_one(queue, killed, draw.rng)
     print(f"{fate_of}: kill -9 of {what} after {moment:.1f} s")
@@ -119,7 +120,7 @@ def _evaluated_are(experiment: Submitted, names: list[str]) -> None:
 
 
 @pytest.mark.control("R12", broken="evaluation after the success of all")
-def test_an_evaluation_that_waits_for_success_is_seen_to_be_absent(queue, cli, broken, xtb_store, tmp_path):
+def test_an_evaluation_that_waits_for_success_is_seen_to_be_absent(queue, cli, xtb_store, tmp_path):
     run, experiment = run_yaml(tmp_path, xtb_store), Submitted(tmp_path / "experiment")
     site = write_yaml(tmp_path / "site.yaml", ONE_PROCESS)
     arguments = ["submit", run, "--members", 2, "--evaluate", xtb_store, "--site", site]
@@ -127,7 +128,7 @@ def test_an_evaluation_that_waits_for_success_is_seen_to_be_absent(queue, cli, b
     cli(*arguments, "--dry-run", env=queue.env)
     foreign = experiment.folder / "member_00" / "config.yaml"
     foreign.write_text((experiment.folder / "configs" / "member_01.yaml").read_text())
-    queue.run(sys.executable, *broken("after_success"), *map(str, arguments))
+    queue.run(sys.executable, str(BROKEN), "after_success", *map(str, arguments))
     wait_until(
         lambda: [job.split()[-1] for job in queue.jobs()] == ["DependencyNeverSatisfied"], 240, experiment.output
     )
@@ -160,12 +161,9 @@ def test_an_ensemble_ends_as_if_nobody_had_touched_it(
         assert time.monotonic() < end, experiment.output()
         if not queue.jobs():
             cli("submit", "--retry", experiment.folder, env=queue.env)
-        if faults.total() < num_faults:
-            time.sleep(draw.rng.uniform(0, 12))
-            what = _fault(queue, experiment, draw.rng)
-            faults[what] += what is not None
-        else:
-            time.sleep(1)
+        time.sleep(draw.rng.uniform(0, 12) if faults.total() < num_faults else 1)
+        if faults.total() < num_faults and (what := _fault(queue, experiment, draw.rng)):
+            faults[what] += 1
     seconds = time.monotonic() - began
     queue.wait_empty(JOB_SECONDS)
     wait_until(lambda: not queue.processes(), 30, lambda: str(queue.processes()))

@@ -167,7 +167,6 @@ BROKEN = {
         REQUEUE, 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$((1 - SLURM_ARRAY_TASK_ID))"'
     ),
     "truncated log": lambda text: text.replace("@@{directives}", "@@{directives}\n#SBATCH --open-mode=truncate"),
-    "nothing": lambda text: text,
 }
 
 
@@ -182,7 +181,7 @@ def warned(slurm, cli, xtb_store, tmp_path_factory):
         templates = folder / name / "templates"
         templates.mkdir(parents=True)
         text = (PACKAGE_FOLDER / "train.sbatch").read_text()
-        assert name == "nothing" or broken(text) != text
+        assert broken(text) != text
         (templates / "train.sbatch").write_text(broken(text))
         options = ONE_PROCESS | {"templates": str(templates)}
         jobs[name] = _array(slurm, cli, run, folder / name, 2 if name == "another task" else 1, **options)
@@ -197,15 +196,12 @@ def warned(slurm, cli, xtb_store, tmp_path_factory):
 @pytest.mark.parametrize(
     ("mechanism", "seen"),
     [
-        pytest.param("no requeue", ["never queued again"], marks=pytest.mark.control("R5", broken="no requeue")),
+        pytest.param("no requeue", "never queued again", marks=pytest.mark.control("R5", broken="no requeue")),
         pytest.param(
-            "another task", ["never queued again"], marks=pytest.mark.control("R5", broken="requeue of another task")
+            "another task", "never queued again", marks=pytest.mark.control("R5", broken="requeue of another task")
         ),
-        pytest.param("truncated log", ["log of starts"], marks=pytest.mark.control("R5", broken="log not appended to")),
-        ("nothing", []),
+        pytest.param("truncated log", "log of starts", marks=pytest.mark.control("R5", broken="log not appended to")),
     ],
 )
 def test_the_checks_see_a_broken_script(warned, mechanism, seen):
-    found = warned[mechanism]
-    assert bool(found) == bool(seen)
-    assert all(any(words.startswith(start) for words in found) for start in seen), found
+    assert any(words.startswith(seen) for words in warned[mechanism]), warned[mechanism]
