@@ -119,7 +119,8 @@ class Study:
         return replace(self, trials=(*self.trials[:number], new, *self.trials[number + 1 :]))
 
     def judge(self, number: int, reports: Mapping[int, float]) -> tuple[bool, dict[str, Any]]:
-        """Whether the pruner would end the trial after the last of these reports (epoch -> objective), and what it has to remember of the trial."""
+        """Whether the pruner would end the trial after the last of these reports (epoch -> objective), and what it has
+        to remember of the trial."""
         pruner = _pruner(self.section.pruner)
         storage, view = self._view(number, None, pruner, self.attributes)
         trial_id = storage.create_new_trial(view._study_id, self._unfinished(number))

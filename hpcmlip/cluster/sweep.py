@@ -167,7 +167,7 @@ class OptunaSection(Drawn):
     """Trials that are suggested together, and the most that run at once. All of them end before the next generation."""
     sampler: Sampler = Sampler()
     pruner: Component | None = None
-    """Ends a trial early where the validations of those before were better; its steps are epochs, from 0. None: never."""
+    """Ends a trial early where those before were better; its steps are epochs, counted from 0. None: never."""
 
     @model_validator(mode="after")
     def _check_space(self):

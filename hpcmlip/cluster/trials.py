@@ -195,7 +195,7 @@ def _done(experiment: Experiment, member: int) -> dict:
 
 
 def _reports(run_dir: Path) -> dict[int, float]:
-    """Epoch, counted from 0 as Optuna's pruners expect of a step -> validation objective, not a number if it was none."""
+    """Epoch, from 0 as Optuna's pruners count steps -> validation objective, not a number where it was none."""
     found = {}
     with contextlib.suppress(FileNotFoundError):
         for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines():
