@@ -23,7 +23,7 @@ from hpcmlip.cluster.study import Outcome, Study
 from hpcmlip.cluster.sweep import OptunaSection, Sweep, Trial
 from hpcmlip.config import RunConfig, changed
 from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
-from hpcmlip.training.reporting import METRICS
+from hpcmlip.training.metrics import METRICS
 from hpcmlip.training.rundir import DONE
 
 JOURNAL = "study.journal"
