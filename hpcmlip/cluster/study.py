@@ -125,9 +125,10 @@ class Study:
         storage, view = self._view(number, None, pruner, self.attributes)
         trial_id = storage.create_new_trial(view._study_id, self._unfinished(number))
         before, verdict = dict(self.trials[number].system_attrs), False
-        for step, value in sorted(reports.items()):
-            storage.set_trial_intermediate_value(trial_id, step, value)
-            verdict = pruner.prune(view, storage.get_trial(trial_id))
+        with _quiet():
+            for step, value in sorted(reports.items()):
+                storage.set_trial_intermediate_value(trial_id, step, value)
+                verdict = pruner.prune(view, storage.get_trial(trial_id))
         after = storage.get_trial(trial_id).system_attrs
         return verdict, {key: value for key, value in after.items() if key not in before}
 
@@ -308,7 +309,7 @@ def _journal(path: Path):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Optuna says about experimental and deprecated options: the user has chosen them by name."""
+    """Without what Optuna warns of, such as experimental options: the user has chosen them by name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

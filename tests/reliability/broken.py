@@ -33,7 +33,28 @@ def after_success() -> None:
     scheduler.sbatch_command = lambda *args, **kw: [w.replace("afterany", "afterok") for w in command(*args, **kw)]
 
 
-BROKEN = {function.__name__: function for function in (moments, position, after_success)}
+def seed_of_process() -> None:
+    """A sampler of Optuna begins with the seed of the sweep in every process, not with that of the trial."""
+    from hpcmlip.cluster import study
+
+    make, made = study._sampler, []
+
+    def once(section, seed):
+        made.append(make(section, section.sampler.seed)) if not made else None
+        return made[0]
+
+    study._sampler = once
+
+
+def all_results() -> None:
+    """A trial is suggested from whatever results there are."""
+    from hpcmlip.cluster.study import Study
+
+    Study.first_of_generation = lambda self, number: number
+
+
+MECHANISMS = (moments, position, after_success, seed_of_process, all_results)
+BROKEN = {function.__name__: function for function in MECHANISMS}
 
 
 if __name__ == "__main__":
