@@ -110,12 +110,17 @@ def train(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="--forecast: machine-readable.")] = False,
 ):
-    """Train; alone or under torchrun, srun, mpirun. Continues by itself if the run directory holds a checkpoint."""
+    """Train; alone or under torchrun, srun, mpirun. Continues by itself if the run directory holds a checkpoint.
+
+    In a run directory of a sweep by Optuna its pruner may end the run, and the sweep is told the result.
+    """
     from hpcmlip.training.stopping import Signals
 
     signals = Signals().listen()  # before the imports that take seconds
     if json and not forecast:
         raise ConfigError("--json says how --forecast prints: give both; a run writes metrics.jsonl by itself")
+    from hpcmlip import dist
+    from hpcmlip.cluster import trials
     from hpcmlip.config import RunConfig, load
     from hpcmlip.training import forecast as forecasting
     from hpcmlip.training import loop
@@ -125,7 +130,10 @@ def train(
     if forecast:
         code = forecasting.forecast(config, run_dir, signals, as_json=json)
     else:
-        code = loop.train(config, run_dir, signals)
+        trial = trials.watched(run_dir)
+        code = loop.train(config, run_dir, signals, trial and trial.why_stop)
+        if trial is not None and code == 0 and dist.detect().rank == 0:
+            trial.tell()
     signals.ignore()
     _leave(code)
 
@@ -138,7 +146,7 @@ def submit(
         int | None, typer.Option(min=1, help="Size of the ensemble, default 1; members differ in their seed.")
     ] = None,
     sweep: Annotated[
-        Path | None, typer.Option(metavar="SWEEP.yaml", help="Grid, random or list of settings to try instead.")
+        Path | None, typer.Option(metavar="SWEEP.yaml", help="Settings to try instead: grid, random, list or Optuna.")
     ] = None,
     retry: Annotated[
         Path | None,
@@ -193,6 +201,20 @@ def submit(
             how=how,
         )
     )
+
+
+@app.command()
+def suggest(
+    experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Experiment directory of a sweep by Optuna.")],
+    trial: Annotated[int, typer.Argument(metavar="NUMBER", help="Its number in the sweep, from 0.")],
+):
+    """Settings of a trial of a sweep by Optuna, from the results of those before; prints its name.
+
+    What a job of such a sweep begins with. Exit code 75: results are missing on which somebody still works.
+    """
+    from hpcmlip.cluster import trials
+
+    sys.exit(trials.suggest(experiment, trial))
 
 
 @app.command()

@@ -34,6 +34,7 @@ SURFACE = {
         "--ranks",
         "--dry-run",
     ],
+    "suggest": ["experiment", "trial"],
     "train": ["run", "overrides", "--run-dir", "--forecast", "--json"],
     "verify": ["store"],
 }

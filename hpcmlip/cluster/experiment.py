@@ -3,6 +3,7 @@
 experiment.json           members and the values in which each differs, what is evaluated, who made it
 run.yaml                  what was set in RUN.yaml and on the command line
 sweep.yaml                of a sweep: what was asked for
+study.journal             of a sweep by Optuna: its trials, as Optuna's JournalStorage has them
 configs/member_00.yaml    complete: `hpcmlip train configs/member_00.yaml --run-dir member_00` does one by hand
 site.yaml                 what the batch scripts were made with
 slurm/                    batch scripts, their output, one line for each thing that happened to a member
@@ -13,8 +14,10 @@ evaluation/               of the dependent job
 
 import dataclasses
 import getpass
+import itertools
 import json
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +29,7 @@ from hpcmlip.config import RunConfig, changed, dump, load
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.files import write_atomic
-from hpcmlip.training.rundir import differing, finished, fixed
+from hpcmlip.training.rundir import differing, finished, fixed, pruned
 
 SCHEMA = 2
 RECORD = "experiment.json"
@@ -43,6 +46,16 @@ class Member:
     """Dotted key -> value, where its config differs from the experiment's."""
 
 
+@dataclass(frozen=True)
+class Growth:
+    """Of a sweep by Optuna: members are suggested generation by generation."""
+
+    size: int
+    """Members in the end."""
+    generation: int
+    """Members that are suggested together."""
+
+
 def ensemble(config: RunConfig, count: int) -> tuple[Member, ...]:
     """Members that differ in their seed: the config's plus their index."""
     return tuple(Member(f"member_{i:02d}", {"train.seed": config.train.seed + i}) for i in range(count))
@@ -56,9 +69,20 @@ class Experiment:
     config: RunConfig
     members: tuple[Member, ...]
     evaluation: Evaluation | None = None
+    growth: Growth | None = None
+
+    @property
+    def size(self) -> int:
+        """Members in the end; those without settings yet count."""
+        return max(len(self.members), self.growth.size if self.growth else 0)
 
     def name(self, member: int) -> str:
-        return self.members[member].name
+        return self.members[member].name if member < len(self.members) else f"t{member:03d}"
+
+    def generations(self, members: Sequence[int]) -> list[tuple[int, ...]]:
+        """Ascending members by generation; all in one where nobody waits for results."""
+        number = (lambda member: member // self.growth.generation) if self.growth else (lambda member: 0)
+        return [tuple(group) for _, group in itertools.groupby(members, number)]
 
     def run_dir(self, member: int) -> Path:
         return self.folder / self.name(member)
@@ -83,19 +107,23 @@ class Experiment:
         return self.folder / "evaluation"
 
     def member_config(self, member: int) -> RunConfig:
-        """Complete config of a member; raises ConfigError if its values make none."""
+        """Complete config of a member, as far as it has settings; raises ConfigError if they make none."""
+        if member >= len(self.members):
+            return self.config
         found = self.members[member]
         return changed(self.config, found.values, self.folder, where=found.name)
 
     def unfinished(self) -> list[int]:
-        """Members without a finished model."""
-        return [member for member in range(len(self.members)) if not is_finished(self.run_dir(member))]
+        """Members without a finished model, but for those that a pruner has ended."""
+        ended = [is_finished(self.run_dir(i)) or is_pruned(self.run_dir(i)) for i in range(self.size)]
+        return [member for member, has_ended in enumerate(ended) if not has_ended]
 
     def is_evaluated(self) -> bool:
         """Whether the evaluation that is asked for is there, and of the members' present weights."""
         try:
             metrics = json.loads((self.evaluation_folder / "metrics.json").read_text())
-            done = [finished(self.run_dir(i)) or {} for i in range(len(self.members))]
+            runs = [self.run_dir(i) for i in range(self.size) if not is_pruned(self.run_dir(i))]
+            done = [finished(run) or {} for run in runs]
             seen = (
                 metrics["store"]["digest"],
                 metrics["split"]["name"],
@@ -113,6 +141,11 @@ class Experiment:
 def is_finished(run_dir: Path) -> bool:
     """Whether a run ended by itself. Raises RunError as `rundir.finished`, if it is no longer what it ended as."""
     return finished(run_dir) is not None
+
+
+def is_pruned(run_dir: Path) -> bool:
+    """Whether a pruner has ended a run."""
+    return pruned(run_dir) is not None
 
 
 def open_experiment(folder: Path) -> Experiment:
@@ -134,9 +167,10 @@ def open_experiment(folder: Path) -> Experiment:
     try:
         wanted, members = record["evaluate"], tuple(Member(**member) for member in record["members"])
         evaluation = Evaluation(**wanted | {"store": Path(wanted["store"])}) if wanted else None
+        growth = Growth(**record["growth"]) if record.get("growth") else None
     except (KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged: {error}") from None
-    return Experiment(folder, config, members, evaluation)
+    return Experiment(folder, config, members, evaluation, growth)
 
 
 def identity(config: RunConfig) -> str:
@@ -203,6 +237,7 @@ def _record(experiment: Experiment) -> dict:
         "name": experiment.config.name,
         "members": [dataclasses.asdict(member) for member in experiment.members],
         "evaluate": evaluation and dataclasses.asdict(evaluation) | {"store": str(evaluation.store)},
+        "growth": experiment.growth and dataclasses.asdict(experiment.growth),
         "written": now(),
         "created_by": f"{getpass.getuser()}@{socket.gethostname()}, hpcmlip {hpcmlip.__version__}",
     }

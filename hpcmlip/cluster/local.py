@@ -1,4 +1,4 @@
-"""An ensemble without Slurm: the members one after another on this machine, then the evaluation."""
+"""Members without Slurm: one after another on this machine, then the evaluation."""
 
 import os
 import signal
@@ -8,8 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcmlip.cluster import trials
 from hpcmlip.cluster.experiment import Experiment, now
-from hpcmlip.errors import EXIT_FAILED, EXIT_RESUMABLE
+from hpcmlip.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE
+from hpcmlip.training import checkpoint
+from hpcmlip.training.rundir import CHECKPOINTS
+
+_VAIN_STARTS = 4
+"""Starts of a trial in a row that may fail without a new checkpoint, as in slurm/train.sbatch."""
 
 
 def train_command(experiment: Experiment, member: int, ranks: int) -> list[str]:
@@ -37,10 +43,11 @@ def run(experiment: Experiment, members: Sequence[int], ranks: int, *, evaluate:
     """Train these members and evaluate. Exit code: 0; 1 if a member or the evaluation failed; 75 if stopped."""
     failed = []
     for member in members:
+        if experiment.growth:
+            experiment = trials.advance(experiment.folder, member)
         name = experiment.name(member)
-        print(f"== {name} of {len(experiment.members)} ({ranks} process{'es' if ranks > 1 else ''})", flush=True)
-        _note(experiment, member, "started")
-        code = _run(train_command(experiment, member, ranks), ranks)
+        print(f"== {name} of {experiment.size} ({ranks} process{'es' if ranks > 1 else ''})", flush=True)
+        code = _train(experiment, member, ranks)
         if code == EXIT_RESUMABLE:
             _note(experiment, member, "stopped")
             print(f"== {name} stopped on request; the same command goes on from there", flush=True)
@@ -49,7 +56,7 @@ def run(experiment: Experiment, members: Sequence[int], ranks: int, *, evaluate:
         if code:
             failed.append(name)
             print(f"== {name} failed with exit code {code}; the others go on", flush=True)
-    if evaluate and len(failed) < len(experiment.members):
+    if evaluate and len(failed) < experiment.size:
         print("== evaluation", flush=True)
         code = _run(evaluate_command(experiment, ranks), ranks)
         if code == EXIT_RESUMABLE:
@@ -58,6 +65,25 @@ def run(experiment: Experiment, members: Sequence[int], ranks: int, *, evaluate:
     if failed:
         print(f"hpcmlip: failed: {', '.join(failed)}", file=sys.stderr, flush=True)
     return EXIT_FAILED if failed else 0
+
+
+def _train(experiment: Experiment, member: int, ranks: int) -> int:
+    """Exit code of a member. A trial of a sweep by Optuna starts again after a failure: other trials are suggested from
+    what becomes of it, and that should not be that a process was killed."""
+    vain = 0
+    while True:
+        before = _newest(experiment, member)
+        _note(experiment, member, "started")
+        code = _run(train_command(experiment, member, ranks), ranks)
+        vain = vain + 1 if _newest(experiment, member) == before else 0
+        if code in (0, EXIT_RESUMABLE, EXIT_USAGE) or experiment.growth is None or vain == _VAIN_STARTS:
+            return code
+        print(f"== {experiment.name(member)} ended with exit code {code}; it starts again", flush=True)
+
+
+def _newest(experiment: Experiment, member: int) -> int | None:
+    """Step of the newest checkpoint."""
+    return max(checkpoint.steps(experiment.run_dir(member) / CHECKPOINTS), default=None)
 
 
 def _launcher(ranks: int) -> list[str]:

@@ -15,19 +15,27 @@ ANSWER_SECONDS = 60
 """A busy controller may take long to answer."""
 
 
+def is_present() -> bool:
+    """Whether this machine has Slurm's client programs."""
+    return shutil.which("sbatch") is not None
+
+
 def check_present() -> None:
     """Raises RunError where there is no Slurm."""
-    if shutil.which("sbatch") is None:
+    if not is_present():
         raise RunError(
             "there is no sbatch on this machine: submit from a login node of the cluster, "
             "or run the members here with --local"
         )
 
 
-def sbatch_command(script: Path, *, after: Sequence[str] = ()) -> list[str]:
-    """Command that submits a script; `after`: jobs and arrays whose end, good or bad, it waits for."""
+def sbatch_command(script: Path, *, after: Sequence[str] = (), array: str = "") -> list[str]:
+    """Command that submits a script; `after`: jobs and arrays whose end, good or bad, it waits for; `array`: the tasks,
+    in place of those that the script names."""
     # afterok on an array waits for ever once a member has failed
-    return ["sbatch", "--parsable", *([f"--dependency=afterany:{':'.join(after)}"] if after else []), str(script)]
+    options = [f"--dependency=afterany:{':'.join(after)}"] if after else []
+    options += [f"--array={array}"] if array else []
+    return ["sbatch", "--parsable", *options, str(script)]
 
 
 def sbatch(command: Sequence[str], folder: Path) -> str:

@@ -32,10 +32,15 @@ class Evaluation:
     """With fewer finished members it fails instead."""
 
 
-def train_script(site: Site, name: str, experiment: Path, names: Sequence[str], members: Sequence[int]) -> str:
-    """Text of the array job that trains these members of those with `names` (their indices are the task ids)."""
+def train_script(
+    site: Site, name: str, experiment: Path, names: Sequence[str], members: Sequence[int], *, is_suggested: bool = False
+) -> str:
+    """Text of the array job that trains these members of those with `names` (their indices are the task ids).
+
+    `is_suggested`: members of a sweep by Optuna, whose names and settings a job asks for when it starts.
+    """
     directives = [
-        f"--array={array_text(members)}%{site.throttle}",
+        f"--array={array_text(members, site)}",
         "--output=slurm/train-%A_%a.out",
         # a preempted or requeued job goes on in the same log (Slurm would truncate it)
         "--requeue",
@@ -43,7 +48,13 @@ def train_script(site: Site, name: str, experiment: Path, names: Sequence[str], 
         f"--signal=B:USR2@{site.warn_seconds}",
     ]
     header = _header(site, site, name, directives)
-    fields = {"experiment": shlex.quote(str(experiment)), "members": shlex.join(names)}
+    suggestion = f'$({command(site)} suggest "$experiment" "$SLURM_ARRAY_TASK_ID")'
+    fields = {
+        "experiment": shlex.quote(str(experiment)),
+        "members": "" if is_suggested else shlex.join(names),
+        "member": suggestion if is_suggested else "${members[$SLURM_ARRAY_TASK_ID]}",
+        "try_again": "yes" if is_suggested else "no",
+    }
     return _render(site, "train.sbatch", header, site.cpus_per_task, fields)
 
 
@@ -70,15 +81,15 @@ def check_path(experiment: Path) -> None:
         )
 
 
-def array_text(members: Sequence[int]) -> str:
-    """Slurm's notation of ascending indices: [0, 1, 2, 5] -> "0-2,5"."""
+def array_text(members: Sequence[int], site: Site | None = None) -> str:
+    """Slurm's notation of ascending indices: [0, 1, 2, 5] -> "0-2,5", with the throttle of a site."""
     parts: list[list[int]] = []
     for index in members:
         if parts and index == parts[-1][-1] + 1:
             parts[-1][1:] = [index]
         else:
             parts.append([index])
-    return ",".join("-".join(map(str, part)) for part in parts)
+    return ",".join("-".join(map(str, part)) for part in parts) + (f"%{site.throttle}" if site else "")
 
 
 def _render(site: Site, template: str, header: str, threads: int, own: dict[str, str]) -> str:

@@ -15,10 +15,11 @@ from rich.table import Table
 
 from hpcmlip.cluster import activity, scheduler, sweep
 from hpcmlip.cluster.activity import RUNNING, WAITING, Activity, Event
-from hpcmlip.cluster.experiment import Experiment, is_finished, open_experiment
+from hpcmlip.cluster.experiment import Experiment, is_finished, is_pruned, open_experiment
 from hpcmlip.data.inspection import wide_console
 from hpcmlip.errors import RunError
 from hpcmlip.training.metrics import METRICS
+from hpcmlip.training.rundir import FINISHED, PRUNED
 
 QUEUED_AGAIN = "queued again"
 LOST = "lost"
@@ -44,8 +45,8 @@ class Status:
 
     member: str
     state: str
-    """waiting, running, queued again, stopped, failed, finished, or lost: it has not ended and nobody works on it, as
-    after a job that was killed. Where that cannot be known, what was last written, with a growing `quiet_s`."""
+    """waiting, running, queued again, stopped, failed, finished, pruned, or lost: it has not ended and nobody works on
+    it, as after a job that was killed. Where that cannot be known, what was last written, with a growing `quiet_s`."""
     values: dict[str, Any]
     """Dotted key -> value in which it differs from the other members."""
     step: int | None
@@ -69,7 +70,7 @@ class Status:
 
 def read(experiment: Experiment, *, now: float, queue: dict[str, str] | None = None) -> list[Status]:
     """The status of each member; `now` in seconds since 1970, `queue` as in `activity.look`."""
-    members = range(len(experiment.members))
+    members = range(experiment.size)
     going_on = activity.look(experiment, members, queue)
     return [_member(experiment, i, now, going_on) for i in members]
 
@@ -105,16 +106,17 @@ def show(folder: Path, *, as_json: bool) -> None:
     best = lowest(members)
     if best is not None:
         print(f"lowest so far: {best.member}, {best.best:.4g} {best.unit}")
-    done = sum(m.state == "finished" for m in members)
-    print(f"{done} of {len(members)} members finished; {'evaluated' if evaluated else 'not evaluated'}")
+    done, pruned = (sum(m.state == state for m in members) for state in (FINISHED, PRUNED))
+    ended = f"{done} of {len(members)} members finished" + (f", {pruned} pruned" if pruned else "")
+    print(f"{ended}; {'evaluated' if evaluated else 'not evaluated'}")
 
 
 def lowest(members: list[Status]) -> Status | None:
     """The trial of a sweep with the lowest validation objective; None of an ensemble, and where the objectives are not
     of the same kind because the sweep changes the loss or the data."""
     keys = {key for member in members for key in member.values} - {sweep.SEED}
-    judged = [member for member in members if member.best is not None]
-    if not keys or not judged or any(key.split(".")[0] in ("loss", "data") for key in keys):
+    judged = [member for member in members if member.best is not None and member.state != PRUNED]
+    if not keys or not judged or any(map(sweep.changes_objective, keys)):
         return None
     return min(judged, key=lambda member: member.best)
 
@@ -155,7 +157,7 @@ def _member(experiment: Experiment, member: int, now: float, going_on: Activity)
     return Status(
         member=experiment.name(member),
         state=state,
-        values=experiment.members[member].values,
+        values=experiment.members[member].values if member < len(experiment.members) else {},
         step=last.get("step"),
         epoch=last.get("epoch"),
         epochs=config.train.epochs,
@@ -187,7 +189,9 @@ def _state(run_dir: Path, history: list[Event], *, has_begun: bool) -> tuple[str
     """(state, why) of a member, from its files."""
     try:
         if is_finished(run_dir):
-            return "finished", ""
+            return FINISHED, ""
+        if is_pruned(run_dir):
+            return PRUNED, ""
     except RunError as error:
         return "failed", str(error)
     what = history[-1].what if history else ""
@@ -201,7 +205,7 @@ def _state(run_dir: Path, history: list[Event], *, has_begun: bool) -> tuple[str
 
 def _checked(state: str, note: str, member: int, history: list[Event], going_on: Activity) -> tuple[str, str]:
     """(state, why), put right by who is at work now."""
-    if state == "finished":
+    if state in (FINISHED, PRUNED):
         return state, note
     found = going_on.members.get(member)
     if found is not None:

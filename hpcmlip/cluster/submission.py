@@ -6,10 +6,10 @@ Calling it again for the same directory submits what has not finished; --retry d
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpcmlip.cluster import activity, preflight, scheduler, script, sweep
+from hpcmlip.cluster import activity, preflight, scheduler, script, sweep, trials
 from hpcmlip.cluster import experiment as experiments
 from hpcmlip.cluster import local as here
 from hpcmlip.cluster.activity import Activity
@@ -73,24 +73,33 @@ def submit(
     if how.needs_slurm:
         scheduler.check_present()
     before = experiments.previous(folder)
-    if sweep_file is None:
-        chosen = experiments.ensemble(config, members or 1)
-    elif members is None:
-        chosen = sweep.members(sweep.load_sweep(sweep_file), config, sweep_file, before)
-    else:
+    if sweep_file is not None and members is not None:
         raise ConfigError(f"--members and --sweep were both given; write 'members: {members}' into {sweep_file}")
+    asked = sweep.load_sweep(sweep_file) if sweep_file is not None else None
+    growth = trials.growth(asked) if asked and asked.optuna else None
+    looked_at = trials.check(asked, config, sweep_file, before) if growth else ()
+    if growth:
+        chosen = before.members if before else ()
+    elif asked:
+        chosen = sweep.members(asked, config, sweep_file, before)
+    else:
+        chosen = experiments.ensemble(config, members or 1)
     evaluation = _evaluation(evaluate, split, min_members, before)
-    if evaluation is not None and evaluation.min_members > len(chosen):
-        raise ConfigError(f"--min-members {evaluation.min_members} cannot be met by {len(chosen)} members; lower it")
-    experiment = Experiment(folder.absolute(), config, chosen, evaluation)
+    experiment = Experiment(folder.absolute(), config, chosen, evaluation, growth)
+    if evaluation is not None and evaluation.min_members > experiment.size:
+        raise ConfigError(
+            f"--min-members {evaluation.min_members} cannot be met by {experiment.size} members; lower it"
+        )
     if before is not None:
         experiments.check_goes_on(before, experiment)
-    site = _check(experiment, how)
+    site = _check(replace(experiment, members=looked_at) if growth else experiment, how)
     if how.needs_slurm:
         _check_queue(experiment)
     experiments.write(experiment, site.text)
     if sweep_file is not None:
         write_atomic(experiment.folder / experiments.SWEEP, sweep_file.read_text(encoding="utf-8"))
+    if growth:
+        experiment = trials.advance(experiment.folder, 0)
     return _start(experiment, site, plan_of(experiment, NOTHING), how)
 
 
@@ -100,6 +109,8 @@ def retry(folder: Path, how: How) -> int:
     Raises ConfigError or RunError as `submit` does.
     """
     experiment = experiments.open_experiment(folder)
+    if experiment.growth:
+        experiment = trials.advance(experiment.folder, 0)
     unfinished = experiment.unfinished()
     if not unfinished and (experiment.evaluation is None or experiment.is_evaluated()):
         return _say_all_finished(experiment)
@@ -128,7 +139,7 @@ def plan_of(experiment: Experiment, now: Activity) -> Plan:
     is_waited_for = not now.members or bool(now.jobs)
     is_wanted = now.evaluation is None and is_waited_for
     evaluate = experiment.evaluation is not None and (bool(members) or (is_wanted and not experiment.is_evaluated()))
-    return Plan(members, evaluate, len(experiment.members) - len(unfinished), now.jobs)
+    return Plan(members, evaluate, experiment.size - len(unfinished), now.jobs)
 
 
 # ------------------------------------------------------------------------------------------- before it is submitted
@@ -196,11 +207,11 @@ def _start(experiment: Experiment, site: _SiteFile, plan: Plan, how: How) -> int
     if how.local:
         return here.run(experiment, plan.members, how.ranks, evaluate=plan.evaluate)
     _write_scripts(experiment, site.site, plan)
-    return _submit(experiment, plan, dry_run=how.dry_run)
+    return _submit(experiment, site.site, plan, dry_run=how.dry_run)
 
 
 def _say_all_finished(experiment: Experiment) -> int:
-    print(f"All {len(experiment.members)} members of {experiment.folder} have finished; nothing to do.")
+    print(f"All {experiment.size} members of {experiment.folder} have finished; nothing to do.")
     return 0
 
 
@@ -208,18 +219,24 @@ def _write_scripts(experiment: Experiment, site: Site, plan: Plan) -> None:
     name, folder = experiment.config.name, experiment.folder
     if plan.members:
         names = [member.name for member in experiment.members]
-        write_atomic(_path(experiment, "train"), script.train_script(site, name, folder, names, plan.members))
+        is_suggested = experiment.growth is not None
+        text = script.train_script(site, name, folder, names, plan.members, is_suggested=is_suggested)
+        write_atomic(_path(experiment, "train"), text)
     if plan.evaluate:
         text = script.evaluate_script(site, name, folder, experiment.evaluation)
         write_atomic(_path(experiment, "evaluate"), text)
 
 
-def _submit(experiment: Experiment, plan: Plan, *, dry_run: bool) -> int:
+def _submit(experiment: Experiment, site: Site, plan: Plan, *, dry_run: bool) -> int:
     after = plan.after
-    if plan.members:
-        array = _job(experiment, "train", dry_run=dry_run, members=plan.members)
-        after = (array, *after)
-        members = script.array_text(plan.members)
+    groups = experiment.generations(plan.members)
+    # a generation waits for the one before without holding a node
+    waits_for = _earlier(experiment, plan)
+    for group in groups:
+        tasks = script.array_text(group, site) if experiment.growth else ""
+        array = _job(experiment, "train", after=waits_for, array=tasks, dry_run=dry_run, members=group)
+        waits_for, after = (array,), (array, *after)
+        members = script.array_text(group)
         print(f"Training: array {array}, members {members}; {plan.finished} have finished already.")
     if plan.evaluate:
         job = _job(experiment, "evaluate", after=after, dry_run=dry_run)
@@ -229,12 +246,22 @@ def _submit(experiment: Experiment, plan: Plan, *, dry_run: bool) -> int:
     return 0
 
 
-def _job(experiment: Experiment, kind: str, *, dry_run: bool, after=(), members=()) -> str:
+def _earlier(experiment: Experiment, plan: Plan) -> tuple[str, ...]:
+    """Jobs in the queue that train generations before those of the plan."""
+    if experiment.growth is None or not plan.members:
+        return ()
+    first = plan.members[0] - plan.members[0] % experiment.growth.generation
+    jobs = {job.id: job for job in activity.jobs(experiment)}
+    return tuple(job for job in plan.after if any(member < first for member in jobs[job].members))
+
+
+def _job(experiment: Experiment, kind: str, *, dry_run: bool, after=(), array="", members=()) -> str:
     """Submit one script and record its id; with `dry_run` the command is printed instead."""
-    command = scheduler.sbatch_command(_path(experiment, kind).relative_to(experiment.folder), after=after)
+    path = _path(experiment, kind).relative_to(experiment.folder)
+    command = scheduler.sbatch_command(path, after=after, array=array)
     if dry_run:
         print(f"cd {shlex.quote(str(experiment.folder))} && {shlex.join(command)}")
-        return f"<{kind}>"
+        return f"<{kind}{f' {array}' if array else ''}>"
     job = scheduler.sbatch(command, experiment.folder)
     path = experiment.folder / "jobs.json"
     jobs = json.loads(path.read_text())["jobs"] if path.exists() else []
@@ -248,8 +275,13 @@ def _path(experiment: Experiment, kind: str) -> Path:
 
 
 def _print_commands(experiment: Experiment, plan: Plan, ranks: int) -> int:
-    for member in plan.members:
+    known = [member for member in plan.members if member < len(experiment.members)]
+    for member in known:
         print(shlex.join(here.train_command(experiment, member, ranks)))
+    if len(known) < len(plan.members):
+        print(
+            f"# and {len(plan.members) - len(known)} more trials, each suggested when the generation before has ended"
+        )
     if plan.evaluate:
         print(shlex.join(here.evaluate_command(experiment, ranks)))
     return 0

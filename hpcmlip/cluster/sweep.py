@@ -8,6 +8,16 @@ members: 2                                                             # seeds o
 ```
 Of grid, random and list any may be left out; where several are given, each entry of one meets each of the others. A
 trial is what its complete config says: a sweep that is made larger later keeps the trials that are there.
+
+```yaml
+optuna:                                                                # in their place: Optuna chooses
+  trials: 20
+  generation: 4
+  sampler: {kind: TPESampler, seed: 0}
+  pruner: {kind: MedianPruner, n_warmup_steps: 2}
+  optim.lr: {log_uniform: [1.0e-5, 1.0e-2]}
+  model.features: {integer: [16, 64]}
+```
 """
 
 import itertools
@@ -19,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from hpcmlip.cluster.experiment import Experiment, Member, identity
 from hpcmlip.config import Count, RunConfig, Section, changed, load
@@ -42,6 +52,9 @@ class Draw(Section):
     uniform: tuple[float, float] | None = None
     log_uniform: tuple[float, float] | None = None
     """Uniform in the logarithm."""
+    integer: tuple[int, int] | None = None
+    """A whole number from the first to the last."""
+    log_integer: tuple[int, int] | None = None
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -49,37 +62,123 @@ class Draw(Section):
         given = [key for key in Draw.model_fields if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(Draw.model_fields)}, not {' and '.join(given) or 'none'}")
-        low, high = self.uniform or self.log_uniform or (1.0, 2.0)
+        low, high = self.range or (1, 2)
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"the range from {low:g} to {high:g} is none")
-        if self.log_uniform and low <= 0:
-            raise ValueError(f"log_uniform needs a lower end above 0, not {low:g}")
+        if self.is_log and low <= 0:
+            raise ValueError(f"{given[0]} needs a lower end above 0, not {low:g}")
         return self
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Both ends; None of a choice."""
+        return self.uniform or self.log_uniform or self.integer or self.log_integer
+
+    @property
+    def is_log(self) -> bool:
+        return self.log_uniform is not None or self.log_integer is not None
+
+    @property
+    def is_integer(self) -> bool:
+        return self.integer is not None or self.log_integer is not None
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """What can be tried of it beforehand: both ends of a range, all of a choice."""
+        return self.range or self.choice
+
+    @property
+    def count(self) -> float:
+        """How many different values there are."""
+        if self.choice is not None:
+            return len(self.choice)
+        low, high = self.range
+        return high - low + 1 if self.is_integer else math.inf
 
     def value(self, generator: random.Random) -> Any:
         """The next value."""
         if self.choice is not None:
             return generator.choice(self.choice)
-        if self.log_uniform is not None:
-            drawn = math.exp(generator.uniform(*map(math.log, self.log_uniform)))
-        else:
-            drawn = generator.uniform(*self.uniform)
-        low, high = self.log_uniform or self.uniform
-        return min(max(float(f"{drawn:.{_DIGITS}g}"), low), high)
+        # the share of a whole number reaches half way to its neighbours
+        margin = 0.5 if self.is_integer else 0.0
+        low, high = self.range[0] - margin, self.range[1] + margin
+        if self.is_log:
+            return self.rounded(math.exp(generator.uniform(math.log(low), math.log(high))))
+        return self.rounded(generator.uniform(low, high))
+
+    def rounded(self, drawn: float) -> float:
+        """A number of the range with as many digits as the name of a trial shows."""
+        low, high = self.range
+        return min(max(round(drawn) if self.is_integer else float(f"{drawn:.{_DIGITS}g}"), low), high)
 
 
-class RandomSection(Section):
-    """Trials drawn at random; beside these two, dotted keys of the config with a `Draw` each."""
+def _dotted(key: str) -> str:
+    if "." not in key:
+        raise ValueError("neither a key of this section nor a dotted key of the config")
+    return key
+
+
+class Drawn(Section):
+    """Beside its own keys, dotted keys of the config with a `Draw` each."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Draw]
-    count: Count
-    seed: Annotated[int, Field(ge=0)] = 0
+    __pydantic_extra__: dict[Annotated[str, AfterValidator(_dotted)], Draw]
 
     @model_validator(mode="after")
     def _check(self):
-        if not self.model_extra:
+        if not self.draws:
             raise ValueError("names no key of the config to draw, such as optim.lr: {log_uniform: [1.0e-5, 1.0e-2]}")
+        return self
+
+    @property
+    def draws(self) -> dict[str, Draw]:
+        """Dotted key -> how its value is drawn."""
+        return self.model_extra
+
+
+class RandomSection(Drawn):
+    """Trials drawn at random."""
+
+    count: Count
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Component(Section):
+    """A part of Optuna by the name of its class; beside `kind`, options of that class."""
+
+    model_config = ConfigDict(extra="allow")
+    kind: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.model_extra
+
+
+class Sampler(Component):
+    kind: str = "TPESampler"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class OptunaSection(Drawn):
+    """Trials that Optuna chooses, generation by generation from the results of those before."""
+
+    trials: Count
+    generation: Count = 4
+    """Trials that are suggested together, and the most that run at once. All of them end before the next generation."""
+    sampler: Sampler = Sampler()
+    pruner: Component | None = None
+    """Ends a trial early where those before were better; its steps are epochs, counted from 0. None: never."""
+
+    @model_validator(mode="after")
+    def _check_space(self):
+        changing = next((key for key in self.draws if changes_objective(key)), None)
+        if changing is not None:
+            raise ValueError(f"{changing} changes what the objective means, so trials could not be compared")
+        if any(key in RunConfig.path_keys for key in self.draws):
+            raise ValueError(f"{', '.join(RunConfig.path_keys)} are paths: try them with a list or grid")
+        count = math.prod(draw.count for draw in self.draws.values())
+        if count < self.trials:
+            raise ValueError(f"there are no {self.trials} different trials, only {count:g}; lower trials")
         return self
 
 
@@ -89,21 +188,32 @@ class Sweep(Section):
     grid: Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)] | None = None
     random: RandomSection | None = None
     list: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)] | None = None
+    optuna: OptunaSection | None = None
     members: Count = 1
     """Members of each trial, which differ in their seed."""
 
     @model_validator(mode="after")
     def _check(self):
-        keys = [set(part) for part in (self.grid, self.random and self.random.model_extra) if part]
+        drawn = [section.draws for section in (self.random, self.optuna) if section]
+        keys = [set(part) for part in (self.grid, *drawn) if part]
         keys += [set().union(*self.list)] if self.list else []
         if not keys or not all(keys):
-            raise ValueError("asks for no setting: give a grid, random or list of them")
+            raise ValueError("asks for no setting: give a grid, random or list of them, or optuna")
+        if self.optuna and len(keys) > 1:
+            raise ValueError("optuna chooses all settings: leave out grid, random and list, or leave out optuna")
+        if self.optuna and self.optuna.pruner and self.members > 1:
+            raise ValueError("a pruner judges one run, but members is more than 1: leave out one of them")
         twice = [key for a, b in itertools.combinations(keys, 2) for key in a & b]
         if twice:
             raise ValueError(f"'{min(twice)}' is given in two places of grid, random and list: leave it in one")
         if self.members > 1 and any(SEED in part for part in keys):
             raise ValueError(f"{SEED} is swept and members is {self.members}, which sets it too: leave out one of them")
         return self
+
+
+def changes_objective(key: str) -> bool:
+    """Whether trials that differ in this key of the config have objectives of different kinds."""
+    return key in ("loss", "data") or key.startswith(("loss.", "data.stores", "data.levels"))
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -177,7 +287,7 @@ def _drawn(section: RandomSection) -> Iterator[Trial]:
     seen: set[str] = set()
     while len(seen) < section.count:
         for _ in range(_DRAWS):
-            trial = {key: draw.value(generator) for key, draw in section.model_extra.items()}
+            trial = {key: draw.value(generator) for key, draw in section.draws.items()}
             if _text(trial) not in seen:
                 break
         else:

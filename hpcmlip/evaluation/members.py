@@ -18,7 +18,7 @@ from hpcmlip.errors import ConfigError, DataError, RunError
 from hpcmlip.models.export import load_model
 from hpcmlip.models.potential import Potential
 from hpcmlip.plugins import suggest
-from hpcmlip.training.rundir import finished, fixed
+from hpcmlip.training.rundir import finished, fixed, pruned
 from hpcmlip.units import SYMBOLS
 
 log = logging.getLogger(__name__)
@@ -114,9 +114,11 @@ def find_members(paths: Sequence[Path], *, at_least: int = 1) -> Found:
 def _unfinished(run: Path) -> str | None:
     """Why a member of an experiment does not count; None if it does."""
     try:
-        done = finished(run)
+        done, early = finished(run), pruned(run)
     except RunError as error:
         return str(error)
+    if early is not None:
+        return f"ended early: {early['reason']}"
     if done is None:
         return f"not finished (there is no done.json{_last_words(run)})"
     return None

@@ -36,8 +36,13 @@ log = logging.getLogger(__name__)
 _SOURCES_NAMED = 10
 
 
-def train(config: RunConfig, run_dir: Path, signals: Signals) -> int:
-    """Train to the end, or until asked to stop; returns the exit code: 0 finished, 75 stopped and resumable.
+WhyStop = Callable[[], str | None]
+"""Asked on one rank after a validation, with the metrics on disk: why the run is not worth going on, None if it is."""
+
+
+def train(config: RunConfig, run_dir: Path, signals: Signals, why_stop: WhyStop | None = None) -> int:
+    """Train to the end, or until asked to stop; returns the exit code: 0 finished or, by `why_stop`, pruned, 75 stopped
+    and resumable.
 
     Continues from the newest sound checkpoint in `run_dir`. Raises UserError for what the user can act on.
     """
@@ -59,17 +64,21 @@ def train(config: RunConfig, run_dir: Path, signals: Signals) -> int:
         with dist.together("opening the run directory"):
             finished = None
             if world.rank == 0:
-                finished = stack.enter_context(rundir.RunDirectory(run_dir, config)).finished
+                finished = stack.enter_context(rundir.RunDirectory(run_dir, config)).finished or rundir.pruned(run_dir)
                 checkpoint.mend(run_dir / rundir.CHECKPOINTS)
         finished = dist.broadcast(finished)
         if finished:
-            log.info("%s is finished already: %s after step %d", run_dir, finished["reason"], finished["step"])
+            log.info(
+                "%s is %s already: %s after step %d",
+                *(run_dir, *(finished[key] for key in ("state", "reason", "step"))),
+            )
             return 0
         stacks.clear()
         requests = StopRequests(signals, run_dir, seconds_left=_seconds_left(world))
         code = EXIT_RESUMABLE
         if not _leaves_before_the_first_step(requests, world):
-            code = Training(config, run_dir, world, device, requests, rearm=stacks.rearm).run()
+            training = Training(config, run_dir, world, device, requests, why_stop=why_stop, rearm=stacks.rearm)
+            code = training.run()
         # launchers take the first process to leave with 75 for a failure and end the others
         dist.barrier()
         return code
@@ -118,10 +127,12 @@ class Training:
         device: torch.device,
         requests: StopRequests,
         *,
+        why_stop: WhyStop | None = None,
         rearm: Callable[[], None] = lambda: None,
     ):
         """`rearm` is called wherever the run is seen to move."""
         self.config, self.run_dir, self.world, self.requests, self._rearm = config, run_dir, world, requests, rearm
+        self.why_stop, self.is_judged, self.is_pruned = why_stop, dist.broadcast(why_stop is not None), False
         goes_on = dist.broadcast(bool(checkpoint.steps(run_dir / rundir.CHECKPOINTS)))
         with dist.together("opening the data"):
             self.dataset = Dataset.open(config.data.stores, config.data.levels)
@@ -164,7 +175,8 @@ class Training:
                 reporter.ends(STOPPED)
                 return EXIT_RESUMABLE
             self._flush(reporter)
-            self.records.finish(self.progress, reason)
+            end = self.records.prune if self.is_pruned else self.records.finish
+            end(self.progress, reason)
             reporter.ends(FINISHED)
             return 0
 
@@ -318,6 +330,8 @@ class Training:
         )
         if is_best:
             self._save(reporter)
+        elif self.is_judged:
+            self._flush(reporter)
         return self._why_stop()
 
     def _is_stopping(self) -> bool:
@@ -330,7 +344,13 @@ class Training:
             return f"the learning rate fell below {self.config.optim.schedule.min_lr:g}"
         if train.patience and plateau.since_best >= train.patience:
             return f"{train.patience} validations without improvement"
-        return None
+        if not self.is_judged or self.progress.epoch + 1 == train.epochs:
+            return None
+        with dist.together("asking whether to go on"):
+            reason = self.why_stop() if self.world.rank == 0 else None
+        reason = dist.broadcast(reason)
+        self.is_pruned = reason is not None
+        return reason
 
     def _say_what_runs(self) -> None:
         config, world, count = self.config, self.world, self.dataset.count

@@ -160,6 +160,13 @@ class Records:
         best = progress.best
         log.info("finished: %s; best validation %.5g at step %d", reason, best["objective"], best["step"])
 
+    def prune(self, progress: Progress, reason: str) -> None:
+        """The record of an end before the end."""
+        with dist.together("writing the record of the end"):
+            if self._world.rank == 0:
+                rundir.write_pruned(self._run_dir, {"reason": reason, "step": progress.step, "best": progress.best})
+        log.info("ended early: %s", reason)
+
     def _data(self) -> list[dict]:
         return [{"path": str(store.path), "digest": store.digest} for store in self._dataset.stores]
 

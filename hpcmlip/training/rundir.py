@@ -20,6 +20,9 @@ CONFIG = "config.yaml"
 DONE = "done.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+FINISHED = "finished"
+PRUNED = "pruned"
+"""States in the record of the end: trained as long as the config says, or ended early as not worth it."""
 _REMEDY = "restore it from a copy, or remove the run directory to train again"
 
 MAY_CHANGE = (
@@ -97,7 +100,18 @@ def write_end(run_dir: Path, record: dict) -> None:
     """
     _, card, _ = read_model(run_dir)
     hashes = {"config_sha256": _config_hash(run_dir), "weights_sha256": card["weights_sha256"]}
-    write_atomic(run_dir / DONE, seal({"state": "finished", **record, **hashes}, SCHEMA))
+    write_atomic(run_dir / DONE, seal({"state": FINISHED, **record, **hashes}, SCHEMA))
+
+
+def write_pruned(run_dir: Path, record: dict) -> None:
+    """Leave the record of the end of a run that is not worth going on; it need not have a model. Raises OSError."""
+    write_atomic(run_dir / DONE, seal({"state": PRUNED, **record}, SCHEMA))
+
+
+def pruned(run_dir: Path) -> dict | None:
+    """The record of a run that was ended early; None for any other. Raises RunError if it is damaged."""
+    record = _end(run_dir)
+    return record if record is not None and record["state"] == PRUNED else None
 
 
 def finished(run_dir: Path) -> dict | None:
@@ -106,16 +120,9 @@ def finished(run_dir: Path) -> dict | None:
     Raises RunError if it is damaged or of another version, or if the config or the model beside it are no longer those
     that the run ended with.
     """
-    path = run_dir / DONE
-    try:
-        record = unseal(path.read_bytes(), SCHEMA)
-    except FileNotFoundError:
+    record = _end(run_dir)
+    if record is None or record["state"] != FINISHED:
         return None
-    except SchemaError as error:
-        way = "upgrade hpcmlip" if error.is_newer else "use the hpcmlip that made it, or another --run-dir"
-        raise RunError(f"{path} {error}: {way}") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}): remove it to let the run go on") from None
     try:
         _, card, _ = read_model(run_dir)
         found = {CONFIG: _config_hash(run_dir), WEIGHTS: card["weights_sha256"]}
@@ -125,6 +132,20 @@ def finished(run_dir: Path) -> dict | None:
         if found[name] != digest:
             raise RunError(f"{run_dir / name} is not what the run ended with (its sha256 differs): {_REMEDY}")
     return record
+
+
+def _end(run_dir: Path) -> dict | None:
+    """The record of the end, if there is one."""
+    path = run_dir / DONE
+    try:
+        return unseal(path.read_bytes(), SCHEMA)
+    except FileNotFoundError:
+        return None
+    except SchemaError as error:
+        way = "upgrade hpcmlip" if error.is_newer else "use the hpcmlip that made it, or another --run-dir"
+        raise RunError(f"{path} {error}: {way}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}): remove it to let the run go on") from None
 
 
 def _config_hash(run_dir: Path) -> str:

@@ -101,7 +101,7 @@ def test_the_same_trial_is_not_drawn_twice(tmp_path):
         ("random: {count: 3, optim.lr: {normal: [0, 1]}}", "unknown key 'random.optim.lr.normal'"),
         ("random: {count: 3, optim.lr: {uniform: [1, 0]}}", "the range from 1 to 0 is none"),
         ("random: {count: 3, optim.lr: {log_uniform: [0, 1]}}", "needs a lower end above 0"),
-        ("random: {count: 3, optim.lr: {uniform: [0, 1], choice: [1]}}", "give one of uniform, log_uniform, choice"),
+        ("random: {count: 3, optim.lr: {uniform: [0, 1], choice: [1]}}", "give one of uniform, log_uniform, integer"),
         ("{grid: {optim.lr: [1]}, list: [{optim.lr: 2}]}", "'optim.lr' is given in two places"),
         ("{grid: {train.seed: [1, 2]}, members: 2}", "train.seed is swept and members is 2"),
     ],

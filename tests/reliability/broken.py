@@ -86,6 +86,26 @@ def build() -> None:
     deepspeed.ops.__class__ = Kept
 
 
+def seed_of_process() -> None:
+    """A sampler of Optuna begins with the seed of the sweep in every process, not with that of the trial."""
+    from hpcmlip.cluster import study
+
+    make, made = study._sampler, []
+
+    def once(section, seed):
+        made.append(make(section, section.sampler.seed)) if not made else None
+        return made[0]
+
+    study._sampler = once
+
+
+def all_results() -> None:
+    """A trial is suggested from whatever results there are."""
+    from hpcmlip.cluster.study import Study
+
+    Study.first_of_generation = lambda self, number: number
+
+
 BROKEN = {name: value for name, value in list(globals().items()) if getattr(value, "__module__", "") == __name__}
 
 
