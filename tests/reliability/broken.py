@@ -57,6 +57,45 @@ def saving() -> None:
     Signals._receive = lambda self, number, frame: os._exit(75)
 
 
+def plan() -> None:
+    """The order of the data depends on the number of ranks."""
+    from hpcmlip.training import setup
+
+    open_loader = setup.open_loader
+
+    def by_ranks(config, dataset, world):
+        train = config.train.model_copy(update={"seed": config.train.seed + world.size})
+        return open_loader(config.model_copy(update={"train": train}), dataset, world)
+
+    setup.open_loader = by_ranks
+
+
+def patience() -> None:
+    """Collectives wait for as long as torch lets them."""
+    from hpcmlip import dist
+
+    start = dist.start
+    dist.start = lambda *arguments, timeout_minutes, **named: start(*arguments, timeout_minutes=30, **named)
+    dist.limit_waiting = lambda minutes: None
+
+
+def lock() -> None:
+    """Nobody is turned away from a run directory."""
+    import fcntl
+
+    fcntl.flock = lambda file, how: None
+
+
+def comparison() -> None:
+    """The config of a run is not compared with that of its directory."""
+    from hpcmlip.training import rundir
+
+    rundir.differing = lambda old, new: []
+
+
+BROKEN = {mechanism.__name__: mechanism for mechanism in MECHANISMS}
+
+
 BROKEN = {name: value for name, value in list(globals().items()) if getattr(value, "__module__", "") == __name__}
 
 if __name__ == "__main__":
