@@ -84,7 +84,7 @@ class Records:
         except OSError as error:
             size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
             raise RunError(
-                f"the checkpoint of step {progress.step} ({size / 1e6:.1f} MB) cannot be written into "
+                f"the checkpoint of step {progress.step} ({size:,} bytes) cannot be written into "
                 f"{self._checkpoints} ({error.strerror}): make room there and start again, older ones are whole"
             ) from error
         best = progress.best["step"] if progress.best else None
@@ -142,7 +142,7 @@ class Records:
         except OSError as error:
             size = sum(tensor.nbytes for tensor in potential.state_dict().values())
             raise RunError(
-                f"the model ({size / 1e6:.1f} MB) cannot be written into {self._run_dir} ({error.strerror}): "
+                f"the model ({size:,} bytes) cannot be written into {self._run_dir} ({error.strerror}): "
                 "make room there and start again"
             ) from error
 

@@ -93,6 +93,15 @@ def comparison() -> None:
     rundir.differing = lambda old, new: []
 
 
+def sharing() -> None:
+    """An error on one rank is not told to the others."""
+    import contextlib
+
+    from hpcmlip import dist
+
+    dist.together = lambda doing: contextlib.nullcontext()
+
+
 BROKEN = {mechanism.__name__: mechanism for mechanism in MECHANISMS}
 
 
