@@ -105,6 +105,7 @@ class Records:
                 self._restarts = found.state.get("restarts", 0) + 1
                 self._saved = progress
                 log.info("going on from %s", found.path)
+                _compare_versions(found.state["versions"])
         with dist.together("opening the metrics"):
             if self._world.rank == 0:
                 path = self._run_dir / METRICS
@@ -162,6 +163,14 @@ class Records:
 
     def _data(self) -> list[dict]:
         return [{"path": str(store.path), "digest": store.digest} for store in self._dataset.stores]
+
+
+def _compare_versions(written: dict[str, str]) -> None:
+    changed = [
+        f"{name} {written.get(name)} -> {here}" for name, here in _versions().items() if written.get(name) != here
+    ]
+    if changed:
+        log.warning("it was written with other versions (%s): last digits may differ from here on", ", ".join(changed))
 
 
 def _versions() -> dict[str, str]:
