@@ -102,9 +102,6 @@ def sharing() -> None:
     dist.together = lambda doing: contextlib.nullcontext()
 
 
-BROKEN = {mechanism.__name__: mechanism for mechanism in MECHANISMS}
-
-
 BROKEN = {name: value for name, value in list(globals().items()) if getattr(value, "__module__", "") == __name__}
 
 if __name__ == "__main__":
