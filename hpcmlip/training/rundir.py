@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -12,6 +13,8 @@ from hpcmlip.config import RunConfig, dump, flat, read_yaml
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.files import write_atomic
 from hpcmlip.models.export import CARD, WEIGHTS
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 DONE = "done.json"
@@ -54,6 +57,8 @@ class RunDirectory:
             raise RunError(
                 f"{self.path} is in use by {holder}: wait for it, cancel it, or choose another --run-dir"
             ) from None
+        except OSError as error:  # Lustre mounted without flock, some network file systems
+            log.warning("%s: no file locks here (%s), nothing keeps a second job out", self.path, error.strerror)
         try:
             self._claim()
         except BaseException:
