@@ -78,7 +78,7 @@ def job() -> str | None:
 def job_end(env: Mapping[str, str] | None = None) -> float | None:
     """When the Slurm job around this process ends, in seconds since 1970; None outside of one, or if it does not say.
 
-    Slurm before 23.02 sets no SLURM_JOB_END_TIME and is asked: call it once a run, on rank 0. Where another system
+    A Slurm that sets no SLURM_JOB_END_TIME (22.05) is asked: call it once a run, on rank 0. Where another system
     runs the jobs, the variable may be set by hand.
     """
     env = os.environ if env is None else env

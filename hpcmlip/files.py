@@ -7,8 +7,12 @@ from pathlib import Path
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file, text as UTF-8: a kill or a crash leaves the old one or the new one. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary, content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        write(temporary, content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk every byte counts
+        raise
     flush(path.parent)
 
 

@@ -84,7 +84,7 @@ class Records:
         except OSError as error:
             size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
             raise RunError(
-                f"the checkpoint of step {progress.step} ({size / 1e6:.1f} MB) cannot be written into "
+                f"the checkpoint of step {progress.step} ({size:,} bytes) cannot be written into "
                 f"{self._checkpoints} ({error.strerror}): make room there and start again, older ones are whole"
             ) from error
         best = progress.best["step"] if progress.best else None
@@ -105,6 +105,7 @@ class Records:
                 self._restarts = found.state.get("restarts", 0) + 1
                 self._saved = progress
                 log.info("going on from %s", found.path)
+                _compare_versions(found.state["versions"])
         with dist.together("opening the metrics"):
             if self._world.rank == 0:
                 path = self._run_dir / METRICS
@@ -142,7 +143,7 @@ class Records:
         except OSError as error:
             size = sum(tensor.nbytes for tensor in potential.state_dict().values())
             raise RunError(
-                f"the model ({size / 1e6:.1f} MB) cannot be written into {self._run_dir} ({error.strerror}): "
+                f"the model ({size:,} bytes) cannot be written into {self._run_dir} ({error.strerror}): "
                 "make room there and start again"
             ) from error
 
@@ -169,6 +170,14 @@ class Records:
 
     def _data(self) -> list[dict]:
         return [{"path": str(store.path), "digest": store.digest} for store in self._dataset.stores]
+
+
+def _compare_versions(written: dict[str, str]) -> None:
+    changed = [
+        f"{name} {written.get(name)} -> {here}" for name, here in _versions().items() if written.get(name) != here
+    ]
+    if changed:
+        log.warning("it was written with other versions (%s): last digits may differ from here on", ", ".join(changed))
 
 
 def _versions() -> dict[str, str]:

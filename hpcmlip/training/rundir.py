@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -13,6 +14,8 @@ from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.files import write_atomic
 from hpcmlip.models.export import WEIGHTS, read_model
 from hpcmlip.sealing import SchemaError, seal, unseal
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 2
 """Of the record of the end."""
@@ -60,6 +63,8 @@ class RunDirectory:
             raise RunError(
                 f"{self.path} is in use by {holder}: wait for it, cancel it, or choose another --run-dir"
             ) from None
+        except OSError as error:  # Lustre mounted without flock, some network file systems
+            log.warning("%s: no file locks here (%s), nothing keeps a second job out", self.path, error.strerror)
         try:
             self._claim()
         except BaseException:

@@ -27,9 +27,9 @@ class Stacks:
 
     def __exit__(self, _kind, error, _trace) -> None:
         faulthandler.cancel_dump_traceback_later()
-        self._file.close()
-        if error is None:
-            with contextlib.suppress(OSError):  # costs a file, not the run
+        with contextlib.suppress(OSError):  # what goes wrong here costs a file, not the run
+            self._file.close()
+            if error is None:
                 self._path.unlink()
                 self.folder.rmdir()  # of the last one to leave
 
@@ -42,4 +42,6 @@ class Stacks:
 
     def add(self, error: BaseException) -> None:
         """Where this rank stood when it gave up."""
-        traceback.print_exception(error, file=self._file)
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            traceback.print_exception(error, file=self._file)
+            self._file.flush()

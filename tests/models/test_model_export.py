@@ -1,6 +1,7 @@
 """Models on disk: what is refused, and that a save is all or nothing."""
 
 import json
+import resource
 from pathlib import Path
 
 import molecules
@@ -38,6 +39,18 @@ def test_path_of_the_card_and_of_the_folder(saved):
     double = load_model(saved, torch.float64)[0]
     for single, exact in zip(by_folder[0].state_dict().values(), double.state_dict().values(), strict=True):
         assert exact.dtype == torch.float64 and torch.equal(single.double(), exact)
+
+
+def test_a_disk_that_takes_no_more_leaves_the_old_model(saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_model(saved, Potential(CONFIG, molecules.spec(), seed=1), config=RUN, card={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
 def test_a_flipped_bit_is_refused(saved):

@@ -106,6 +106,75 @@ def all_results() -> None:
     Study.first_of_generation = lambda self, number: number
 
 
+def agreement() -> None:
+    """A rank that is asked to stop leaves without telling the others."""
+    import dataclasses
+
+    from hpcmlip.training.engine import Engine
+
+    step = Engine.step
+
+    def alone(self, micro_batches, lr, flags=()):
+        result = step(self, micro_batches, lr, (0.0, *flags[1:]))
+        return dataclasses.replace(result, flags=(flags[0], *result.flags[1:]))
+
+    Engine.step = alone
+
+
+def saving() -> None:
+    """A run that is asked to stop saves nothing."""
+    import os
+
+    from hpcmlip.training.stopping import Signals
+
+    Signals._receive = lambda self, number, frame: os._exit(75)
+
+
+def plan() -> None:
+    """The order of the data depends on the number of ranks."""
+    from hpcmlip.training import setup
+
+    open_loader = setup.open_loader
+
+    def by_ranks(config, dataset, world):
+        train = config.train.model_copy(update={"seed": config.train.seed + world.size})
+        return open_loader(config.model_copy(update={"train": train}), dataset, world)
+
+    setup.open_loader = by_ranks
+
+
+def patience() -> None:
+    """Collectives wait for as long as torch lets them."""
+    from hpcmlip import dist
+
+    start = dist.start
+    dist.start = lambda *arguments, timeout_minutes, **named: start(*arguments, timeout_minutes=30, **named)
+    dist.limit_waiting = lambda minutes: None
+
+
+def lock() -> None:
+    """Nobody is turned away from a run directory."""
+    import fcntl
+
+    fcntl.flock = lambda file, how: None
+
+
+def comparison() -> None:
+    """The config of a run is not compared with that of its directory."""
+    from hpcmlip.training import rundir
+
+    rundir.differing = lambda old, new: []
+
+
+def sharing() -> None:
+    """An error on one rank is not told to the others."""
+    import contextlib
+
+    from hpcmlip import dist
+
+    dist.together = lambda doing: contextlib.nullcontext()
+
+
 BROKEN = {name: value for name, value in list(globals().items()) if getattr(value, "__module__", "") == __name__}
 
 

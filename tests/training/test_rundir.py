@@ -1,6 +1,9 @@
 """One job in a run directory, one config; stop requests; what a resumed run keeps of its metrics."""
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +18,7 @@ from hpcmlip.cluster.experiment import is_finished
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.training.average import Average
 from hpcmlip.training.metrics import truncate
-from hpcmlip.training.rundir import RunDirectory, differing, finished
+from hpcmlip.training.rundir import RunDirectory, differing, finished, holder
 from hpcmlip.training.stopping import SIGNALS, SLACK_SECONDS, Signals, StopRequests, margin
 
 
@@ -25,6 +28,24 @@ def test_a_second_job_is_turned_away_and_told_who_is_there(tmp_path, make_config
         RunDirectory(tmp_path / "run", make_config()).__enter__()
     with RunDirectory(tmp_path / "run", make_config()) as directory:
         assert directory.finished is None
+
+
+def test_a_lock_left_by_a_job_of_another_machine_is_taken_over(tmp_path, make_config):
+    (tmp_path / ".lock").write_text(
+        "process 1 on elsewhere, Slurm job 7, a longer text than the one of this job will be"
+    )
+    with RunDirectory(tmp_path, make_config()):
+        assert holder(tmp_path).startswith(f"process {os.getpid()} on") and "elsewhere" not in holder(tmp_path)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, make_config, monkeypatch, caplog):
+    def flock(file, how):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(logging.getLogger("hpcmlip"), "propagate", True)
+    with RunDirectory(tmp_path, make_config()):
+        assert "nothing keeps a second job out" in caplog.text
 
 
 def test_another_config_is_refused_with_the_keys(tmp_path, make_config):
