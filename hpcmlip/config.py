@@ -174,11 +174,18 @@ class TrainSection(Section):
 
 class EngineSection(Section):
     zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage; 3 cannot train forces (it releases gathered weights that the second backward needs)."""
+    """DeepSpeed ZeRO stage."""
     precision: Literal["fp32"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: Positive = 30.0
     """A collective that waits longer than this ends the run."""
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _check_stage(cls, value: Any) -> Any:
+        if value == 3:
+            raise ValueError("stage 3 cannot train forces, it releases weights that the second backward needs: 0, 1, 2")
+        return value
 
 
 class TransferSection(Section):

@@ -97,7 +97,7 @@ def test_a_misspelt_name_in_a_data_config(refused, override, meant):
         (RUN, "data.levels.cc=F", "data.levels.cc: expected 'E' or 'EF', got 'F'"),
         (RUN, "optim=3", "optim: expected a section of keys"),
         (RUN, "optim.betas=[0.9]", "optim.betas.1: this item is missing"),
-        (RUN, "engine.zero_stage=3", "engine.zero_stage: expected 0, 1 or 2, got 3"),
+        (RUN, "engine.zero_stage=3", "engine.zero_stage: stage 3 cannot train forces"),
         (RUN, "loss.unit=kcal", "loss.unit: expected 'eV', 'meV', 'Ha', 'kcal/mol' or 'kJ/mol'"),
         (RUN, "model.lmax=3", "model.lmax: expected 0, 1 or 2, got 3"),
         (RUN, "model=hipnn", "model: expected a section of keys"),

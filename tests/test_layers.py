@@ -161,10 +161,6 @@ def test_no_module_is_named_after_nothing():
     assert not [module.name for module in MODULES if set(module.name.split(".")) & vague]
 
 
-def test_nothing_is_pickled_by_hand():
-    assert not [m.name for m in MODULES if imports(m) & {"pickle", "dill", "joblib"}]
-
-
 def test_only_the_command_line_imports_its_own_package_inside_functions():
     """Elsewhere such an import hides a cycle."""
     late = {

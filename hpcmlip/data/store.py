@@ -184,7 +184,10 @@ class Store:
 
     @cached_property
     def root(self) -> zarr.Group:
-        return zarr.open_group(self.path, mode="r", zarr_format=3, use_consolidated=True)
+        try:
+            return zarr.open_group(self.path, mode="r", zarr_format=3, use_consolidated=True)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{self.path} is no hpcmlip store: zarr cannot read its metadata ({error})") from None
 
     def array(self, group: GroupMeta, name: str) -> zarr.Array:
         """Array `name` of a group; raises DataError if the store lacks it, or holds something else there."""

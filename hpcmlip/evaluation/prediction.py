@@ -212,6 +212,6 @@ def _opened(path: Path) -> Iterator[Atoms]:
     known = ase.io.formats.ioformats.get(kind)
     if kind in STARTS_PROGRAMS or (known is not None and not known.module_name.startswith("ase.io.")):
         raise DataError(
-            f"{path} is read as {kind}, which may run programs or a plug-in: convert it to extended XYZ yourself"
+            f"{path} is read as {kind}, whose reader may run programs or is a plug-in's: convert it to extended XYZ"
         )
     yield from ase.io.iread(name, index=":", format=kind, do_not_split_by_at_sign=True)

@@ -1,15 +1,19 @@
 """Started by torchrun on two ranks: non-finite numbers on one rank must change no weight on any.
 
-    bad_step_worker.py CONFIG.json STORE OUT
+    bad_step_worker.py CASE.json STORE OUT
 
-For each ZeRO stage: a good step, a step with an infinite label on rank 1, a step whose gradient overflows on rank 1, a
-good step. Leaves what happened as OUT/stage<S>.rank<R>.json. Beside it: sums through the engine against plain torch.
+CASE.json: {"config": RUN.yaml as plain values, "stages": [...], "rank", "micro_batch", "value" and "property" of the bad
+label, "unchecked": true to do without the finite check}. For each ZeRO stage: a good step, a step with the bad label, a
+step whose gradient overflows on that rank, a good step. Leaves what happened as OUT/stage<S>.rank<R>.json. Beside it:
+sums through the engine against plain torch.
 """
 
 import copy
 import dataclasses
 import json
+import math
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -18,6 +22,7 @@ from hpcmlip import dist
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.models.potential import Potential
+from hpcmlip.training import engine as engines
 from hpcmlip.training import setup
 from hpcmlip.training.engine import Engine
 from hpcmlip.training.objective import Objective
@@ -31,11 +36,18 @@ def snapshot(engine) -> torch.Tensor:
     return torch.cat([tensor.flatten() for group in groups for tensor in group.values()])
 
 
-def with_infinite_label(micro_batch):
+def with_bad_label(micro_batch, case: dict):
+    """The first structure of a micro-batch has a bad label."""
     first, *others = micro_batch
-    energy = first.energy.clone()
-    energy[0, 0] = torch.inf
-    return (dataclasses.replace(first, energy=energy), *others)
+    labels = getattr(first, case["property"]).clone()
+    labels[0, 0] = float(case["value"])
+    return (dataclasses.replace(first, **{case["property"]: labels}), *others)
+
+
+def without_check() -> None:
+    """All numbers are finite to the engine."""
+    engines.math = types.SimpleNamespace(isfinite=lambda number: True, nan=math.nan)
+    engines.torch = types.SimpleNamespace(**{**vars(torch), "isfinite": lambda numbers: torch.tensor(True)})
 
 
 def overflowing(engine):
@@ -44,7 +56,8 @@ def overflowing(engine):
     return parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
 
 
-def stage_report(stage: int, values: dict, store: Path, world) -> dict:
+def stage_report(stage: int, case: dict, store: Path, world) -> dict:
+    values = copy.deepcopy(case["config"])
     values["data"] |= {"stores": [str(store)]}
     values["train"] |= {"micro_batches_per_step": 4}
     values["engine"] |= {"zero_stage": stage}
@@ -56,16 +69,17 @@ def stage_report(stage: int, values: dict, store: Path, world) -> dict:
     )
     stream, report = loader.batches(0), {"applied": [], "unchanged": [], "sources": []}
     before = snapshot(engine)
-    for kind in ("good", "infinite", "overflow", "good"):
+    is_bad = world.rank == case["rank"]
+    for kind in ("good", "label", "overflow", "good"):
         step = next(stream)
-        if kind == "infinite" and world.rank == 1:
-            step = [step[0], with_infinite_label(step[1])]
-            report["injected"] = [int(i) for i in step[1][0].source[0]]
-        hook = overflowing(engine) if kind == "overflow" and world.rank == 1 else None
+        if kind == "label" and is_bad:
+            step[case["micro_batch"]] = with_bad_label(step[case["micro_batch"]], case)
+            report["injected"] = [int(i) for i in step[case["micro_batch"]][0].source[0]]
+        hook = overflowing(engine) if kind == "overflow" and is_bad else None
         result = engine.step(step, LR, (1.0,))
         if hook is not None:
             hook.remove()
-        if kind == "infinite":
+        if kind == "label":
             report["sources"] = engine.bad_sources(step)
         after = snapshot(engine)
         report["applied"].append(result.applied)
@@ -88,11 +102,13 @@ def forces_equal(engine, step) -> bool:
 
 
 def main() -> None:
-    values, store, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3])
+    case, store, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3])
+    if case["unchecked"]:
+        without_check()
     world = dist.detect()
     dist.start(world, folder=out, device=torch.device("cpu"), timeout_minutes=2)
-    for stage in (0, 1, 2):
-        report = stage_report(stage, copy.deepcopy(values), store, world)
+    for stage in case["stages"]:
+        report = stage_report(stage, case, store, world)
         (out / f"stage{stage}.rank{world.rank}.json").write_text(json.dumps(report))
     dist.stop()
 
