@@ -2,7 +2,7 @@
 
     bad_step_worker.py CASE.json STORE OUT
 
-CASE.json: {"config": RUN.yaml as plain values, "stages": [...], "rank", "micro_batch", "value" and "property" of the bad
+CASE.json: {"config": RUN.yaml as values, "stages": [...], "rank", "micro_batch", "value" and "property" of the bad
 label, "unchecked": true to do without the finite check}. For each ZeRO stage: a good step, a step with the bad label, a
 step whose gradient overflows on that rank, a good step. Leaves what happened as OUT/stage<S>.rank<R>.json. Beside it:
 sums through the engine against plain torch.
