@@ -139,7 +139,13 @@ def _queue(experiment: Experiment) -> dict[str, str] | None:
     """What Slurm says of the experiment's jobs; None if it is not there or does not answer. Not asked without need."""
     ids = [job.id for job in activity.jobs(experiment)]
     try:
-        return scheduler.states(ids, ANSWER_SECONDS) if ids and experiment.unfinished() else {}
+        is_done = not experiment.unfinished()
+    except RunError:  # of a damaged member, which the table names
+        is_done = False
+    if not ids or is_done:
+        return {}
+    try:
+        return scheduler.states(ids, ANSWER_SECONDS)
     except RunError:
         return None
 
@@ -193,7 +199,7 @@ def _state(run_dir: Path, history: list[Event], *, has_begun: bool) -> tuple[str
         if is_pruned(run_dir):
             return PRUNED, ""
     except RunError as error:
-        return "failed", str(error)
+        return FAILED, str(error)
     what = history[-1].what if history else ""
     if what.startswith("failed"):
         return FAILED, _last_error(run_dir) or what

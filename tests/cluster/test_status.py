@@ -116,6 +116,14 @@ def test_the_end_of_the_log_of_a_failed_member(experiment, state):
     assert status.read(experiment, now=START, queue=None)[0].log is None
 
 
+def test_a_damaged_member_is_not_taken_for_a_silent_slurm(experiment, monkeypatch):
+    job = {"id": "12", "kind": "train", "members": [0], "submitted": ""}
+    (experiment.folder / "jobs.json").write_text(json.dumps({"jobs": [job]}))
+    (experiment.run_dir(0) / "done.json").write_text("{")
+    monkeypatch.setattr("hpcmlip.cluster.scheduler.states", lambda jobs, seconds: {"12_0": "RUNNING"})
+    assert status._queue(experiment) == {"12_0": "RUNNING"}
+
+
 def test_the_best_trial_is_that_of_comparable_ones(experiment):
     members = (Member("t000-lr0.1", {"optim.lr": 0.1}), Member("t001-lr0.2", {"optim.lr": 0.2}))
     trials = dataclasses.replace(experiment, members=members)
