@@ -2,10 +2,10 @@
 
     bad_step_worker.py CASE.json STORE OUT
 
-CASE.json: {"config": RUN.yaml as values, "stages": [...], "rank", "micro_batch", "value" and "property" of the bad
-label, "unchecked": true to do without the finite check}. For each ZeRO stage: a good step, a step with the bad label, a
-step whose gradient overflows on that rank, a good step. Leaves what happened as OUT/stage<S>.rank<R>.json. Beside it:
-sums through the engine against plain torch.
+CASE.json: {"config": RUN.yaml as plain values, "stages": [...], "rank", "micro_batch", "value" and "property" of the
+bad label, "unchecked": true to do without the finite check}. For each ZeRO stage: a good step, a step with the bad
+label, a step whose gradient overflows on that rank, a good step. Leaves what happened as OUT/stage<S>.rank<R>.json.
+Beside it: sums through the engine against plain torch.
 """
 
 import copy
@@ -47,7 +47,7 @@ def with_bad_label(micro_batch, case: dict):
 def without_check() -> None:
     """All numbers are finite to the engine."""
     engines.math = types.SimpleNamespace(isfinite=lambda number: True, nan=math.nan)
-    engines.torch = types.SimpleNamespace(**{**vars(torch), "isfinite": lambda numbers: torch.tensor(True)})
+    engines.torch = types.SimpleNamespace(**{**vars(torch), "isfinite": lambda x: torch.ones_like(x, dtype=torch.bool)})
 
 
 def overflowing(engine):

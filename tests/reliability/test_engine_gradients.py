@@ -39,7 +39,6 @@ def test_forces_outside_of_the_engine_are_caught(differences, record_property):
 
 @pytest.mark.fault("R21", sample=1, soak=1)
 def test_stage_3_is_refused(run_values, tmp_path):
-    run_values["data"] |= {"stores": ["s.zarr"]}
-    run_values["engine"] |= {"zero_stage": 3}
+    values = run_values | {"data": run_values["data"] | {"stores": ["s.zarr"]}, "engine": {"zero_stage": 3}}
     with pytest.raises(ConfigError, match=r"engine.zero_stage.*stage 3 cannot train forces"):
-        from_values(RunConfig, run_values, tmp_path, where="run.yaml")
+        from_values(RunConfig, values, tmp_path, where="run.yaml")
