@@ -85,12 +85,14 @@ def test_a_stop_loses_nothing(undisturbed, mpirun, tmp_path, record_property, dr
     ],
 )
 def test_the_check_sees_a_broken_protocol(write_run, mpirun, broken, tmp_path, mechanism):
-    config = write_run(tmp_path, train={"checkpoint_steps": 1, "epochs": 9}, engine={"timeout_minutes": 0.2})
+    train = {"checkpoint_steps": 0, "log_seconds": 0.001}
+    config = write_run(tmp_path, train=train, engine={"timeout_minutes": 0.2})
     run_dir = RunDir(tmp_path / "run")
+    metrics = run_dir.path / "metrics.jsonl"
     to = [0, 1] if mechanism == "saving" else [1]
     ended = mpirun(
         *(2, "train", config, "--run-dir", run_dir.path),
-        when=lambda: 3 in run_dir.steps(),
+        when=lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3,
         act=Send(signal.SIGUSR1, to),
         program=broken(mechanism),
     )
