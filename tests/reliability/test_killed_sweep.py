@@ -22,7 +22,7 @@ from hpcmlip.cluster import study, sweep, trials
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(3600)]
 
-GOOD, BAD = 2.0e-3, 30.0
+GOOD, BAD = 2.0e-3, 1.0
 SWEEP = {
     "optuna": {
         "trials": 4,
