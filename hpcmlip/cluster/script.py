@@ -48,11 +48,12 @@ def train_script(
         f"--signal=B:USR2@{site.warn_seconds}",
     ]
     header = _header(site, site, name, directives)
-    suggestion = f'$({command(site)} suggest "$experiment" "$SLURM_ARRAY_TASK_ID")'
+    known = f"members=({shlex.join(names)})\nmember=${{members[$SLURM_ARRAY_TASK_ID]}}"
+    suggested = f'member=$({command(site)} suggest "$experiment" "$SLURM_ARRAY_TASK_ID")'
     fields = {
         "experiment": shlex.quote(str(experiment)),
-        "members": "" if is_suggested else shlex.join(names),
-        "member": suggestion if is_suggested else "${members[$SLURM_ARRAY_TASK_ID]}",
+        "members": shlex.join(names),
+        "member": suggested if is_suggested else known,
         "try_again": "yes" if is_suggested else "no",
     }
     return _render(site, "train.sbatch", header, site.cpus_per_task, fields)

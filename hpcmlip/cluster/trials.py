@@ -23,8 +23,8 @@ from hpcmlip.cluster.study import Outcome, Study
 from hpcmlip.cluster.sweep import OptunaSection, Sweep, Trial
 from hpcmlip.config import RunConfig, changed
 from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
+from hpcmlip.training import rundir
 from hpcmlip.training.metrics import METRICS
-from hpcmlip.training.rundir import DONE
 
 JOURNAL = "study.journal"
 _LOCK = "study.lock"
@@ -174,13 +174,13 @@ def _outcome(experiment: Experiment, members: range) -> Outcome | None:
     if members.stop > len(experiment.members):  # the job that suggested it was killed before it wrote them
         return None
     done = [_done(experiment, member) for member in members]
-    states = [record["state"] for record in done]
+    states = {record["state"] for record in done}
     reports = _reports(experiment.run_dir(members.start)) if len(members) == 1 else {}
     if "" in states:
         return None
     if "failed" in states:
         return Outcome("FAIL", reports=reports)
-    if "pruned" in states:
+    if rundir.PRUNED in states:
         last = reports[max(reports)] if reports else math.nan
         return Outcome("PRUNED", last if math.isfinite(last) else None, reports)
     return Outcome("COMPLETE", sum(record["best"]["objective"] for record in done) / len(done), reports)
@@ -188,8 +188,9 @@ def _outcome(experiment: Experiment, members: range) -> Outcome | None:
 
 def _done(experiment: Experiment, member: int) -> dict:
     run_dir = experiment.run_dir(member)
-    if experiments.is_finished(run_dir) or experiments.is_pruned(run_dir):
-        return json.loads((run_dir / DONE).read_text())
+    ended = rundir.finished(run_dir) or rundir.pruned(run_dir)
+    if ended is not None:
+        return ended
     history = activity.events(experiment, member)
     return {"state": "failed" if history and history[-1].what.startswith("failed") else ""}
 

@@ -162,7 +162,8 @@ class Records:
         log.info("finished: %s; best validation %.5g at step %d", reason, best["objective"], best["step"])
 
     def prune(self, progress: Progress, reason: str) -> None:
-        """The record of an end before the end."""
+        """Last checkpoint and the record of an end before the end, for which there need not be a model."""
+        self.save(progress)
         with dist.together("writing the record of the end"):
             if self._world.rank == 0:
                 rundir.write_pruned(self._run_dir, {"reason": reason, "step": progress.step, "best": progress.best})

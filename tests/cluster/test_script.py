@@ -40,6 +40,7 @@ def _texts(site: Site, folder: str) -> list[str]:
     evaluation = Evaluation(Path(folder) / "a store.zarr", "val")
     return [
         script.train_script(site, "my-run", Path(folder), NAMES, [0, 1, 2]),
+        script.train_script(site, "my-run", Path(folder), NAMES, [0, 1, 2], is_suggested=True),
         script.evaluate_script(site, "my-run", Path(folder), evaluation),
     ]
 

@@ -5,15 +5,14 @@ The others go on, everything is named, --retry starts just what is missing, and 
 
 import hashlib
 import json
-import random
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 from experiments import JOB_SECONDS, ONE_PROCESS, TWO_NODES, Submitted, run_yaml, wait_until, write_yaml
+from faults import inflict, kill_one
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(3 * 3600)]
 
@@ -31,29 +30,6 @@ def _fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
     """{file: (hash, time of its last change)} of what a finished run is."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in files}
-
-
-def _kill_one(queue, job: str, rng: random.Random) -> str | None:
-    """kill -9 of one process of a job: a rank, srun or the batch shell; which of them, None where none is left."""
-    kinds: dict[str, list[psutil.Process]] = {"a rank": [], "srun": [], "the batch shell": []}
-    for process in queue.processes(job):
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        if "SLURM_PROCID" in process.info["environ"] and "train" in words and "srun" not in words[0]:
-            kinds["a rank"].append(process)
-        elif words and Path(words[0]).name == "srun":
-            kinds["srun"].append(process)
-        elif any("slurm_script" in word for word in words):
-            kinds["the batch shell"].append(process)
-    kind = rng.choice([kind for kind, found in kinds.items() if found] or [None])
-    try:
-        if kind is not None:
-            rng.choice(kinds[kind]).kill()
-    except psutil.NoSuchProcess:
-        return None
-    return kind
 
 
 @pytest.mark.fault("R12", sample=1, soak=5)
@@ -78,7 +54,7 @@ def test_three_of_five_fail_each_in_its_way(queue, cli, xtb_store, tmp_path, dra
     wait_until(lambda: queue.processes(killed), 120, lambda: str(queue.jobs()))
     moment = draw.rng.uniform(0, 8)
     time.sleep(moment)
-    what = _kill_one(queue, killed, draw.rng)
+    what = kill_one(queue, killed, draw.rng)
     print(f"{fate_of}: kill -9 of {what} after {moment:.1f} s")
     assert what is not None, experiment.output()
     queue.wait_empty(JOB_SECONDS)
@@ -141,8 +117,6 @@ def test_an_evaluation_that_waits_for_success_is_seen_to_be_absent(queue, cli, x
 
 MEMBERS = {True: 8, False: 2}
 FAULTS = {True: 24, False: 2}
-REQUEUE, CANCEL, KILL = "scontrol requeue", "scancel", "kill -9"
-SQUEUE = ("squeue", "--noheader", "--all", "--array", "--states=RUNNING", "--format=%i")
 
 
 @pytest.mark.fault("R12", sample=1, soak=1)
@@ -162,7 +136,7 @@ def test_an_ensemble_ends_as_if_nobody_had_touched_it(
         if not queue.jobs():
             cli("submit", "--retry", experiment.folder, env=queue.env)
         time.sleep(draw.rng.uniform(0, 12) if faults.total() < num_faults else 1)
-        if faults.total() < num_faults and (what := _fault(queue, experiment, draw.rng)):
+        if faults.total() < num_faults and (what := inflict(queue, experiment, draw.rng)):
             faults[what] += 1
     seconds = time.monotonic() - began
     queue.wait_empty(JOB_SECONDS)
@@ -184,18 +158,3 @@ def test_an_ensemble_ends_as_if_nobody_had_touched_it(
     record_property("starts of the members", " ".join(map(str, starts)))
     record_property("arrays submitted", len(experiment.jobs()))
     record_property("seconds", round(seconds))
-
-
-def _fault(queue, experiment: Submitted, rng: random.Random) -> str | None:
-    """Something bad to one member that runs; what it was, None where none runs."""
-    arrays = {job["id"] for job in experiment.jobs()}
-    running = [task for task in queue.run(*SQUEUE).split() if task.split("_")[0] in arrays]
-    if not running:
-        return None
-    task, what = rng.choice(running), rng.choice([REQUEUE, CANCEL, KILL, KILL])
-    if what == KILL:
-        victim = _kill_one(queue, task, rng)
-        return victim and f"{what} of {victim}"
-    command = ["scontrol", "requeue", task] if what == REQUEUE else ["scancel", task]
-    queue.run(*command, check=False)  # it may have ended since
-    return what
