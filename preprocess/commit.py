@@ -140,13 +140,18 @@ def sweep(job: Job) -> None:
 
 
 def create_arrays(job: Job, groups: Iterable[GroupMeta], *, periodic: bool) -> None:
-    """Groups and arrays of the store, without data; those that are there stay as they are."""
-    root = zarr.open_group(job.store, mode="a", zarr_format=3)
-    for group in groups:
-        root.require_group(group.path)
-        for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels), periodic=periodic):
-            if not (job.store / group.path / spec.name / "zarr.json").is_file():
-                arrays.create(job.store, f"{group.path}/{spec.name}", spec, group, group.rows)
+    """Groups and arrays of the store, without data; those that are there stay as they are. Raises DataError."""
+    try:
+        root = zarr.open_group(job.store, mode="a")
+        for group in groups:
+            root.require_group(group.path)
+            for spec in arrays.specs(group.num_atoms, len(job.levels), len(job.force_levels), periodic=periodic):
+                if not (job.store / group.path / spec.name / "zarr.json").is_file():
+                    arrays.create(job.store, f"{group.path}/{spec.name}", spec, group, group.rows)
+    except OSError as error:  # a write that fails names no file
+        raise DataError(
+            f"cannot write {error.filename or job.store}: {error.strerror}; free space and run again"
+        ) from None
 
 
 def commit(

@@ -52,7 +52,9 @@ def build(job: Job, execute: schedule.Execute, began: float | None = None) -> No
     try:
         scanned = _build(job, groups, execute, console)
     except OSError as error:
-        raise DataError(f"cannot write {error.filename or out}: {error.strerror or error}; run again") from None
+        raise DataError(
+            f"cannot write {error.filename or out}: {error.strerror or error}; free space and run again"
+        ) from None
     summary.show(
         out,
         unlabelled=scanned.rows - scanned.num_bad - scanned.num_kept,

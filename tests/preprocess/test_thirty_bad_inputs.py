@@ -5,6 +5,7 @@ a store and a report that lists exactly the bad rows; or, where the input is onl
 """
 
 import csv
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from edits import change, component, delete, everywhere, molecule, replace, row
 from in_process import execute
 
 from hpcmlip import cli as command_line
-from hpcmlip.data.store import open_store
+from hpcmlip.data.store import MANIFEST, manifest_digest, open_store, read_manifest
 from hpcmlip.preprocess import schedule
+from hpcmlip.preprocess.files import entry
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -292,14 +294,20 @@ RUNS = {
 """Number 30, of RUN.yaml."""
 
 
+def make_future_store(path: Path) -> None:
+    """What a later version would leave: whole, with a schema of its own."""
+    text = (path / "zarr.json").read_text()
+    (path / "zarr.json").write_text(text.replace('"schema": 1', '"schema": 99'))
+    files = read_manifest(path)["files"] | {"zarr.json": entry(path / "zarr.json")}
+    (path / MANIFEST).write_text(json.dumps({"digest": manifest_digest(files), "files": files}))
+
+
 @pytest.mark.parametrize("case", RUNS)
 def test_30_wrong_runs(case, ab_initio_store, write_run, cli, tmp_path):
     code, settings, says = RUNS[case]
     future = tmp_path / "future.zarr"
     if case == "future store":
-        shutil.copytree(ab_initio_store, future)
-        text = (future / "zarr.json").read_text()
-        (future / "zarr.json").write_text(text.replace('"schema": 1', '"schema": 99'))
+        make_future_store(Path(shutil.copytree(ab_initio_store, future)))
     settings = [text.replace("STORE", str(ab_initio_store)).replace("FUTURE", str(future)) for text in settings]
     finished = cli("train", write_run(tmp_path), *settings, expect=code, cwd=tmp_path, timeout=60)
     told = [line for line in finished.stderr.splitlines() if line.startswith("hpcmlip: ")]
