@@ -106,7 +106,7 @@ def test_evaluation_arguments_survive_the_shell():
 
 
 def test_every_setting_of_the_site_is_in_the_script():
-    train, evaluate = _texts(SITE, "/x")
+    train, _, evaluate = _texts(SITE, "/x")
     assert _directives(train) == [
         "--job-name=my-run",
         "--nodes=2",
@@ -183,7 +183,7 @@ def test_a_container_holds_python_alone(name, tmp_path):
 
 def test_evaluation_has_resources_of_its_own():
     site = Site(nodes=4, mem="64G", evaluate={"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 8, "time": "30"})
-    _, evaluate = _texts(site, "/x")
+    *_, evaluate = _texts(site, "/x")
     lines = _directives(evaluate)
     assert {"--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=8", "--time=30"} <= set(lines)
     assert "--mem=64G" in lines, "what is not named is that of a member"

@@ -37,7 +37,7 @@ def _sweep(folder: Path, values: dict | str) -> Sweep:
 
 
 def _submit(config: RunConfig, folder: Path, file: Path, **arguments) -> None:
-    defaults = {"members": None, "evaluate": None, "split": None, "how": How(dry_run=True)}
+    defaults = {"members": None, "evaluate": None, "split": None, "min_members": None, "how": How(dry_run=True)}
     assert submit(config, folder, sweep_file=file, **(defaults | arguments)) == 0
 
 
@@ -165,7 +165,16 @@ def test_a_larger_sweep_keeps_the_trials_that_are_there(config, tmp_path):
     with pytest.raises(ConfigError, match=r"of 3 members, asked for are 2 without t001-lr0\.0005, t002-lr0\.0001"):
         _submit(config, folder, _file(tmp_path, {"grid": {"optim.lr": [1e-3, 1e-2]}}))
     with pytest.raises(ConfigError, match="without t000"):
-        submit(config, folder, members=3, sweep_file=None, evaluate=None, split=None, how=How(dry_run=True))
+        submit(
+            config,
+            folder,
+            members=3,
+            sweep_file=None,
+            evaluate=None,
+            split=None,
+            min_members=None,
+            how=How(dry_run=True),
+        )
 
 
 def test_kinds_of_a_section_may_differ_and_paths_belong_to_the_file(config, tmp_path, xtb_store):

@@ -100,10 +100,16 @@ def seed_of_process() -> None:
 
 
 def all_results() -> None:
-    """A trial is suggested from whatever results there are."""
-    from hpcmlip.cluster.study import Study
+    """A trial is suggested when it begins, from whatever results there are by then."""
+    from hpcmlip.cluster import sweep
 
-    Study.first_of_generation = lambda self, number: number
+    load = sweep.load_sweep
+
+    def one_by_one(path):
+        found = load(path)
+        return found.model_copy(update={"optuna": found.optuna.model_copy(update={"generation": 1})})
+
+    sweep.load_sweep = one_by_one
 
 
 def agreement() -> None:

@@ -24,7 +24,7 @@ SWEEP = {
     "optuna": {
         "trials": 4,
         "generation": 2,
-        "sampler": {"kind": "TPESampler", "seed": 9, "n_startup_trials": 2},
+        "sampler": {"kind": "TPESampler", "seed": 9, "n_startup_trials": 1},
         "pruner": {"kind": "MedianPruner", "n_startup_trials": 1},
         "optim.lr": {"choice": [GOOD, BAD]},
         "model.features": {"integer": [4, 12]},
