@@ -25,14 +25,15 @@ def alone(undisturbed, write_run, mpirun, tmp_path_factory):
 
 @pytest.fixture
 def together(mpirun, tmp_path):
-    """`together(configs, **options)` -> an `Ended` a config, in `tmp_path / "0"`, ...; all start at one moment."""
+    """`together(configs, *settings, **options)` -> an `Ended` a config, in `tmp_path / "0"`, ...; all start at one
+    moment."""
 
-    def run(configs, **options):
+    def run(configs, *settings, **options):
         gate = threading.Barrier(len(configs))
 
         def one(number: int):
             gate.wait()
-            return mpirun(2, "train", configs[number], "--run-dir", tmp_path / str(number), **options)
+            return mpirun(2, "train", configs[number], *settings, "--run-dir", tmp_path / str(number), **options)
 
         with ThreadPoolExecutor(len(configs)) as pool:
             return list(pool.map(one, range(len(configs))))
@@ -53,10 +54,7 @@ def test_jobs_that_start_together_keep_to_themselves(alone, together, tmp_path, 
 
 @pytest.mark.control("R15", broken="a port agreed beforehand, no token")
 def test_a_fixed_port_is_seen_to_bring_jobs_together(alone, together, broken, tmp_path):
-    chosen = [alone[0], alone[1]]
-    ended = together([config for config, _ in chosen], program=broken("fixed_port"))
-    right = [
-        one.returncode == 0 and not differences(RunDir(tmp_path / str(number)), expected)
-        for number, (one, (_, expected)) in enumerate(zip(ended, chosen, strict=True))
-    ]
-    assert not all(right)
+    # who has met a rank of another job waits for it once that one is gone: not for long here
+    ended = together([config for config, _ in alone], "engine.timeout_minutes=0.25", program=broken("fixed_port"))
+    assert [one.returncode for one in ended] != [0, 0]
+    assert any("in use" in one.output for one in ended), "\n".join(one.output for one in ended)
