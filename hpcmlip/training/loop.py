@@ -53,7 +53,8 @@ def train(config: RunConfig, run_dir: Path, signals: Signals, why_stop: WhyStop 
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             run_log.set_up(run_dir, world.rank)
-            stacks = stack.enter_context(Stacks(run_dir, world.rank, seconds=60 * config.engine.timeout_minutes))
+            seconds = 60 * config.engine.timeout_minutes
+            stacks = stack.enter_context(Stacks(run_dir, world.rank, seconds=seconds, alone=world.size == 1))
         except OSError as error:
             raise ConfigError(f"cannot write into {run_dir} ({error.strerror}); give another --run-dir") from None
         stack.push(lambda kind, error, trace: run_log.note_failure(error) if error else None)
@@ -94,8 +95,8 @@ def _contact(world: World, stacks: Stacks) -> Iterator[None]:
             raise
         stacks.add(error)
         raise RunError(
-            f"rank {world.rank} lost contact with another rank, whose own message tells why; if that one hangs, see "
-            f"{stacks.folder}, where the file of a rank that is stopped or gone is empty ({error})"
+            f"rank {world.rank} lost contact with another rank, whose own message tells why; if that one hangs, "
+            f"{stacks.hint} ({error})"
         ) from error
 
 

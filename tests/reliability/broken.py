@@ -150,12 +150,14 @@ def plan() -> None:
 
 
 def patience() -> None:
-    """Collectives wait for as long as torch lets them."""
+    """A rank waits for as long as torch lets it."""
     from hpcmlip import dist
+    from hpcmlip.training.stacks import Stacks
 
     start = dist.start
     dist.start = lambda *arguments, timeout_minutes, **named: start(*arguments, timeout_minutes=30, **named)
     dist.limit_waiting = lambda minutes: None
+    Stacks._watch = lambda self: None
 
 
 def lock() -> None:
