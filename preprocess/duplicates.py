@@ -79,7 +79,7 @@ def _pairs(job: Job, num_atoms: int, units: list[int]) -> tuple[np.ndarray, np.n
 
 def _columns(job: Job, unit: int, num_atoms: int, *names: str) -> list[np.ndarray]:
     """Of the kept rows of a unit; `index` is their position among all of that atom count."""
-    with np.load(arrays_path(job, unit)) as arrays:
+    with np.load(arrays_path(job, unit), allow_pickle=False) as arrays:
         kept = np.flatnonzero(arrays[f"n{num_atoms}_split"] != LEFT_OUT)
         return [kept if name == "index" else arrays[f"n{num_atoms}_{name}"][kept] for name in names]
 
@@ -98,7 +98,7 @@ class _Places:
         return self._job.sources[source].name, group, int(row), SPLITS[split]
 
     def _read_origin(self, unit: int, num_atoms: int) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(arrays_path(self._job, unit)) as arrays:
+        with np.load(arrays_path(self._job, unit), allow_pickle=False) as arrays:
             return arrays[f"n{num_atoms}_piece"], arrays[f"n{num_atoms}_row"]
 
     def _read_pieces(self, unit: int) -> list[tuple[int, str]]:

@@ -116,7 +116,7 @@ def write_pruned(run_dir: Path, record: dict) -> None:
 def pruned(run_dir: Path) -> dict | None:
     """The record of a run that was ended early; None for any other. Raises RunError if it is damaged."""
     record = _end(run_dir)
-    return record if record is not None and record["state"] == PRUNED else None
+    return record if record is not None and record.get("state") == PRUNED else None
 
 
 def finished(run_dir: Path) -> dict | None:
@@ -126,7 +126,7 @@ def finished(run_dir: Path) -> dict | None:
     that the run ended with.
     """
     record = _end(run_dir)
-    if record is None or record["state"] != FINISHED:
+    if record is None or record.get("state") != FINISHED:
         return None
     try:
         _, card, _ = read_model(run_dir)

@@ -12,14 +12,16 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from hpcmlip import dist
 from hpcmlip.config import RunConfig, from_values
+from hpcmlip.training import rundir
 from hpcmlip.training.loop import Training
-from hpcmlip.training.stopping import StopRequests
+from hpcmlip.training.stopping import Signals, StopRequests
 
 
 def sources(step) -> list[list[int]]:
@@ -56,9 +58,10 @@ def main() -> None:
         own["train"]["micro_batches_per_step"] = 2 * world.size
         run_dir, seen = out / str(number), defaultdict(list)
         run_dir.mkdir(exist_ok=True)
-        with StopRequests(run_dir) as requests:
-            training = Training(from_values(RunConfig, own, out, where="test"), run_dir, world, device, requests)
-            training.loader.batches = watched(training.loader.batches, seen, unpadded=fault == "unpadded")
+        config, requests = from_values(RunConfig, own, out, where="test"), StopRequests(Signals(), run_dir)
+        training = Training(config, run_dir, world, device, requests)
+        training.loader.batches = watched(training.loader.batches, seen, unpadded=fault == "unpadded")
+        with rundir.RunDirectory(run_dir, config) if world.rank == 0 else nullcontext():
             assert training.run() == 0
         gathered = dist.gather(list(seen.items()))
         if world.rank == 0:

@@ -29,7 +29,7 @@ def read_checkpoint(run: Path):
 
 
 def read_end(run: Path):
-    return rundir.read_end(run), {}
+    return rundir.finished(run), {}
 
 
 READERS = {

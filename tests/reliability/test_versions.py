@@ -44,7 +44,7 @@ def test_the_stored_model_says_what_it_said(tmp_path):
 @pytest.mark.fault("R19", sample=1, soak=1)
 def test_the_stored_checkpoint_is_read():
     found = checkpoint.newest(PRESENT / "checkpoints")
-    progress, done = found.state["progress"], rundir.read_end(PRESENT)
+    progress, done = found.state["progress"], rundir.finished(PRESENT)
     assert progress["step"] == done["step"] == found.state["step"] > 0
     assert {"master", "exp_avg", "exp_avg_sq"} == found.tensors.keys()
     assert all(group.keys() == found.tensors["master"].keys() for group in found.tensors.values())
@@ -93,7 +93,7 @@ def older(run: Path, store: Path) -> None:
 READ = {
     "model": lambda run, store: export.load_model(run),
     "checkpoint": lambda run, store: checkpoint.newest(run / "checkpoints"),
-    "end": lambda run, store: rundir.read_end(run),
+    "end": lambda run, store: rundir.finished(run),
     "experiment": lambda run, store: open_experiment(run),
     "store": lambda run, store: stores.open_store(store),
 }
