@@ -10,19 +10,8 @@ from runs import pretend_finished
 
 from hpcmlip.cluster import experiment as experiments
 from hpcmlip.cluster.submission import How, retry, submit
-from hpcmlip.config import RunConfig, TransferSection, from_values, load
+from hpcmlip.config import RunConfig, TransferSection, load
 from hpcmlip.errors import ConfigError, DataError, RunError
-
-
-@pytest.fixture
-def config(xtb_store) -> RunConfig:
-    values = {
-        "name": "tiny",
-        "data": {"stores": [str(xtb_store)], "levels": {"gfn1": "EF", "gfn2": "E"}},
-        "model": {"kind": "hipnn", "lmax": 0, "features": 4, "interactions": 1, "cutoff": 6.5},
-        "train": {"epochs": 2, "micro_batches_per_step": 4, "seed": 11},
-    }
-    return from_values(RunConfig, values, xtb_store.parent, where="test")
 
 
 def _submit(config: RunConfig, folder: Path, **arguments) -> int:

@@ -11,19 +11,8 @@ from hpcmlip.cluster import sweep
 from hpcmlip.cluster.experiment import Experiment, open_experiment
 from hpcmlip.cluster.submission import How, submit
 from hpcmlip.cluster.sweep import Sweep
-from hpcmlip.config import RunConfig, from_values, load
+from hpcmlip.config import RunConfig, load
 from hpcmlip.errors import ConfigError, DataError
-
-
-@pytest.fixture
-def config(xtb_store) -> RunConfig:
-    values = {
-        "name": "tiny",
-        "data": {"stores": [str(xtb_store)], "levels": {"gfn1": "EF", "gfn2": "E"}},
-        "model": {"kind": "hipnn", "lmax": 0, "features": 4, "interactions": 1, "cutoff": 6.5},
-        "train": {"epochs": 2, "micro_batches_per_step": 4, "seed": 11},
-    }
-    return from_values(RunConfig, values, xtb_store.parent, where="test")
 
 
 def _file(folder: Path, values: dict | str) -> Path:

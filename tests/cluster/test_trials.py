@@ -17,23 +17,12 @@ from hpcmlip.cluster import experiment as experiments
 from hpcmlip.cluster import status, study, trials
 from hpcmlip.cluster.experiment import Experiment, open_experiment
 from hpcmlip.cluster.submission import How, retry, submit
-from hpcmlip.config import RunConfig, from_values, load
+from hpcmlip.config import RunConfig, load
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.training import rundir
 
 SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-1]}, "model.features": {"integer": [2, 9]}}
 OPTUNA = {"trials": 6, "generation": 2, "sampler": {"kind": "TPESampler", "n_startup_trials": 1}} | SPACE
-
-
-@pytest.fixture
-def config(xtb_store) -> RunConfig:
-    values = {
-        "name": "tiny",
-        "data": {"stores": [str(xtb_store)], "levels": {"gfn1": "EF", "gfn2": "E"}},
-        "model": {"kind": "hipnn", "lmax": 0, "features": 4, "interactions": 1, "cutoff": 6.5},
-        "train": {"epochs": 2, "micro_batches_per_step": 4, "seed": 11},
-    }
-    return from_values(RunConfig, values, xtb_store.parent, where="test")
 
 
 def _file(folder: Path, *, members: int = 1, **optuna) -> Path:
