@@ -1,6 +1,6 @@
 """Fault tests: how often each draws a random moment, where that moment comes from, and what a long campaign remembers.
 
-    @pytest.mark.fault("R3", sample=1, soak=20)      # `make test` draws once, `make soak` twenty times
+    @pytest.mark.fault("R3", sample=1, soak=20)      # `make test` draws once (0: never), `make soak` twenty times
     def test_...(draw): ... draw.rng.uniform(0, seconds) ...
 
     @pytest.mark.control("R3", broken="resume without the moments")    # the mechanism broken: the check must fail
@@ -89,7 +89,8 @@ def pytest_generate_tests(metafunc):
     mark = metafunc.definition.get_closest_marker("fault")
     if mark is not None and "draw" in metafunc.fixturenames:
         is_soak = metafunc.config.getoption("--soak") is not None
-        metafunc.parametrize("draw", range(mark.kwargs["soak" if is_soak else "sample"]), indirect=True)
+        count = mark.kwargs["soak" if is_soak else "sample"]
+        metafunc.parametrize("draw", range(max(count, 1)), indirect=True)
 
 
 @pytest.fixture
@@ -118,6 +119,7 @@ def soak_folder(request, tmp_path_factory) -> Path:
 def pytest_collection_modifyitems(config, items):
     soak = config.getoption("--soak")
     if soak is None:
+        _keep(config, items, lambda item: (mark := _mark(item)) is None or mark.kwargs.get("sample") != 0)
         return
     before = read(soak)
     passed = {line["test"] for line in before if line["outcome"] == "passed"}
@@ -125,9 +127,12 @@ def pytest_collection_modifyitems(config, items):
     known = {line["test"] for line in before}
     if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
         _write(soak, [_line(item) | {"outcome": "to do"} for item in mine if item.nodeid not in known])
-    done = {item.nodeid for item in mine} & passed
-    config.hook.pytest_deselected(items=[item for item in items if item not in mine or item.nodeid in done])
-    items[:] = [item for item in mine if item.nodeid not in done]
+    _keep(config, items, lambda item: _mark(item) is not None and item.nodeid not in passed)
+
+
+def _keep(config, items, is_wanted) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+    items[:] = [item for item in items if is_wanted(item)]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -119,7 +119,7 @@ MEMBERS = {True: 8, False: 2}
 FAULTS = {True: 24, False: 2}
 
 
-@pytest.mark.fault("R12", sample=1, soak=1)
+@pytest.mark.fault("R12", sample=0, soak=1)
 def test_an_ensemble_ends_as_if_nobody_had_touched_it(
     queue, cli, xtb_store, ensemble_run, undisturbed_ensemble, tmp_path, draw, record_property
 ):

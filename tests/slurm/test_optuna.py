@@ -11,10 +11,10 @@ from sweeps import Swept, unlike
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(6 * 3600)]
 
-TRIALS = {True: 20, False: 4}
-FAULTS = {True: 30, False: 2}
-EPOCHS = {True: 8, False: 3}
-GENERATION = {True: 4, False: 2}
+TRIALS = {True: 20, False: 2}
+FAULTS = {True: 30, False: 1}
+EPOCHS = {True: 8, False: 2}
+GENERATION = {True: 4, False: 1}
 
 
 def _sweep(is_soak: bool) -> dict:
