@@ -17,6 +17,7 @@ from killing import at_points, kill_at
 
 from hpcmlip import files
 from hpcmlip.errors import RunError
+from hpcmlip.sealing import seal
 from hpcmlip.training import checkpoint
 
 BEFORE = (3, 6)
@@ -33,7 +34,8 @@ def in_place() -> None:
         contents[checkpoint.STATE] = json.dumps({"step": step, **state}).encode()
         for file, content in contents.items():
             files.write(final / file, content)
-        files.write(final / checkpoint.MANIFEST, json.dumps(checkpoint._manifest(contents)).encode())
+        manifest = seal({"files": checkpoint._entries(contents)}, checkpoint.SCHEMA)
+        files.write(final / checkpoint.MANIFEST, manifest.encode())
         return final
 
     checkpoint.write = write
