@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(3600)]
 GOOD, BAD = 2.0e-3, 1.0
 SWEEP = {
     "optuna": {
-        "trials": 4,
+        "trials": 3,
         "generation": 2,
         "sampler": {"kind": "TPESampler", "seed": 9, "n_startup_trials": 1},
         "pruner": {"kind": "MedianPruner", "n_startup_trials": 1},

@@ -11,18 +11,24 @@ from sweeps import Swept, unlike
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(6 * 3600)]
 
-TRIALS = {True: 20, False: 2}
-FAULTS = {True: 30, False: 1}
-EPOCHS = {True: 8, False: 2}
-GENERATION = {True: 4, False: 1}
+TRIALS = {True: 20, False: 3}
+GENERATION = {True: 4, False: 2}
+EPOCHS = {True: 8, False: 3}
+FAULTS = {True: 30, False: 2}
 
 
 def _sweep(is_soak: bool) -> dict:
-    sampler = {"kind": "TPESampler", "seed": 1, "n_startup_trials": GENERATION[is_soak]}
-    pruner = {"kind": "MedianPruner", "n_startup_trials": 2, "n_warmup_steps": 1}
-    space = {"optim.lr": {"log_uniform": [1.0e-4, 1.0]}, "model.features": {"integer": [4, 12]}}
-    head = {"trials": TRIALS[is_soak], "generation": GENERATION[is_soak], "sampler": sampler, "pruner": pruner}
-    return {"optuna": head | space}
+    trials, generation = TRIALS[is_soak], GENERATION[is_soak]
+    return {
+        "optuna": {
+            "trials": trials,
+            "generation": generation,
+            "sampler": {"kind": "TPESampler", "seed": 1, "n_startup_trials": generation},
+            "pruner": {"kind": "MedianPruner", "n_startup_trials": 2, "n_warmup_steps": EPOCHS[is_soak] // 2},
+            "optim.lr": {"log_uniform": [1.0e-4, 1.0]},
+            "model.features": {"integer": [4, 12]},
+        }
+    }
 
 
 @pytest.mark.fault("R12", sample=1, soak=1)
@@ -37,16 +43,18 @@ def test_a_sweep_ends_as_if_nobody_had_touched_it(queue, cli, xtb_store, tmp_pat
     began = time.monotonic()
     cli(*arguments, "--run-dir", experiment.folder, "--site", site, env=queue.env)
     faults: Counter[str] = Counter()
-    retries, end = 0, time.monotonic() + 3 * 3600
+    num_trials, num_faults, retries, end = TRIALS[draw.is_soak], FAULTS[draw.is_soak], 0, time.monotonic() + 3 * 3600
     while not _has_ended(cli, queue, experiment):
         assert time.monotonic() < end, experiment.output()
         if not queue.jobs():
             cli("submit", "--retry", experiment.folder, env=queue.env)
             retries += 1
-        if faults.total() < FAULTS[draw.is_soak]:
-            time.sleep(draw.rng.uniform(0, 12))
+        # spread over the whole sweep
+        ended = len(list(experiment.folder.glob("t*/done.json")))
+        if faults.total() < num_faults * (ended + 1) / num_trials:
+            time.sleep(draw.rng.uniform(0, 20))
             what = inflict(queue, experiment, draw.rng)
-            faults[what] += what is not None
+            faults.update([what] if what else [])
         else:
             time.sleep(1)
     seconds = time.monotonic() - began
@@ -58,7 +66,7 @@ def test_a_sweep_ends_as_if_nobody_had_touched_it(queue, cli, xtb_store, tmp_pat
     assert faults.total(), "done before the first fault"
     states = Counter(end[0] for end in expected.ends().values())
     record_property("trials", ", ".join(f"{count} {state}" for state, count in sorted(states.items())))
-    record_property("faults", ", ".join(f"{count} x {what}" for what, count in sorted(faults.items()) if what))
+    record_property("faults", ", ".join(f"{count} x {what}" for what, count in sorted(faults.items())))
     record_property(
         "starts of the trials", " ".join(str(experiment.count(name, "started")) for name in expected.runs())
     )
