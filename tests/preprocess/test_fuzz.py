@@ -3,6 +3,7 @@
 Trees come from Hypothesis, byte edits from the seed; each is read in a child process under a time limit.
 """
 
+import contextlib
 import json
 import select
 import subprocess
@@ -37,8 +38,9 @@ class Child:
             command = [sys.executable, str(Path(__file__).with_name("fuzz_child.py"))]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._process = subprocess.Popen(command, text=True, **pipes)
-        self._process.stdin.write(json.dumps([str(config), str(source)]) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it is gone, and its output says so
+            self._process.stdin.write(json.dumps([str(config), str(source)]) + "\n")
+            self._process.stdin.flush()
         ready, _, _ = select.select([self._process.stdout], [], [], LIMIT)
         line = self._process.stdout.readline() if ready else ""
         if line:
