@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,12 +204,12 @@ def table(lines: Iterable[dict]) -> str:
         draws = [line for line in found if line["kind"] == "fault"]
         controls = [line for line in found if line["kind"] == "control"]
         rows.append(f"| {number} | {fault} | {criterion} | {_count(draws)} | {_median(draws)} | {_caught(controls)} |")
-    figures = [
-        f"- {line['number']}, `{line['test'].split('::')[-1]}`: "
-        + ", ".join(f"{key} {value}" for key, value in line["figures"].items())
-        for line in ran
-        if line["figures"]
-    ]
+    told: dict[tuple[str, str], list[str]] = {}
+    for line in ran:
+        if line["figures"]:
+            text = ", ".join(f"{key} {value}" for key, value in line["figures"].items())
+            told.setdefault((line["number"], line["test"].split("::")[-1].split("[")[0]), []).append(text)
+    figures = [f"- {number}, `{test}`: {'; '.join(texts)}" for (number, test), texts in told.items()]
     commits, seeds = (", ".join(sorted({str(line[key]) for line in ran})) for key in ("commit", "seed"))
     made = f"Ran at commit {commits}, seed {seeds}, Python {platform.python_version()}, {os.cpu_count()} cores."
     return "\n".join([INTRODUCTION, made, "", *rows, *(["", "## Figures", "", *figures] if figures else [])]) + "\n"
@@ -236,7 +237,16 @@ def _median(draws: list[dict]) -> str:
 
 def _caught(controls: list[dict]) -> str:
     words = {"passed": "yes", "failed": "no", "to do": "not run"}
-    return "; ".join(f"{c['broken']}: {words[c['outcome']]}" for c in controls) or "-"
+    found: dict[str, Counter[str]] = {}
+    for control in controls:
+        found.setdefault(control["broken"], Counter())[words[control["outcome"]]] += 1
+    return "; ".join(f"{broken}: {_outcomes(counts)}" for broken, counts in found.items()) or "-"
+
+
+def _outcomes(counts: Counter[str]) -> str:
+    if counts.total() == 1:
+        return next(iter(counts))
+    return ", ".join(f"{count} of {counts.total()} {word}" for word, count in counts.items())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,13 @@ def moments() -> None:
     Engine.restore_state = without
 
 
+def average() -> None:
+    """A resumed run begins its moving average anew."""
+    from hpcmlip.training.average import Average
+
+    Average.restore = lambda self, tensors, updates: None
+
+
 def position() -> None:
     """A resumed run begins its epoch again."""
     import dataclasses

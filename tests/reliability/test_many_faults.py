@@ -117,7 +117,7 @@ def reference(write_run, mpirun, soak_folder):
     """`reference(is_soak)` -> (config, run directory of an undisturbed run, seconds of a start)."""
 
     def run(is_soak: bool):
-        folder = soak_folder / "r24"
+        folder = soak_folder / ("r24" if is_soak else "r24-short")
         config = write_run(
             folder, train={"epochs": EPOCHS[is_soak], "checkpoint_steps": 5}, engine={"timeout_minutes": 0.25}
         )
@@ -163,3 +163,13 @@ def test_many_faults_change_no_bit(reference, mpirun, soak_folder, record_proper
     record_property("faults", len(campaign.faults))
     for kind, count in sorted(told.items()):
         record_property(kind, count)
+
+
+@pytest.mark.control("R24", broken="resume without the moving average of the weights")
+def test_the_comparison_sees_a_lost_average(reference, mpirun, broken, tmp_path):
+    config, alone, _ = reference(False)
+    run_dir, arguments = RunDir(tmp_path / "run"), (2, "train", config, "--run-dir", tmp_path / "run")
+    mpirun(*arguments, when=lambda: 5 in run_dir.steps(), send=signal.SIGKILL)
+    ended = mpirun(*arguments, program=broken("average"))
+    assert ended.returncode == 0, ended.output
+    assert differences(run_dir, alone)
