@@ -78,7 +78,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "fault(number, sample, soak): a fault of tests/soak.py, drawn so many times")
-    config.addinivalue_line("markers", "control(number, broken): the same check with its mechanism broken must fail")
+    config.addinivalue_line(
+        "markers",
+        "control(number, broken): the same check with its mechanism broken must fail; sample=0: in a campaign only",
+    )
 
 
 def pytest_report_header(config):
