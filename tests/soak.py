@@ -80,7 +80,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "fault(number, sample, soak): a fault of tests/soak.py, drawn so many times")
     config.addinivalue_line(
         "markers",
-        "control(number, broken): the same check with its mechanism broken must fail; sample=0: in a campaign only",
+        "control(number, broken): the same check with its mechanism broken must fail",
     )
 
 
