@@ -93,19 +93,6 @@ def build() -> None:
     deepspeed.ops.__class__ = Kept
 
 
-def seed_of_process() -> None:
-    """A sampler of Optuna begins with the seed of the sweep in every process, not with that of the trial."""
-    from hpcmlip.cluster import study
-
-    make, made = study._sampler, []
-
-    def once(section, seed):
-        made.append(make(section, section.sampler.seed)) if not made else None
-        return made[0]
-
-    study._sampler = once
-
-
 def all_results() -> None:
     """A trial is suggested when it begins, from whatever results there are by then."""
     from hpcmlip.cluster import sweep
