@@ -203,3 +203,15 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
         return sorted(psutil.Process(process.pid).children(), key=lambda member: member.pid)
     except psutil.NoSuchProcess:
         return []
+
+
+def wait_for_end(pid: int, seconds: float) -> None:
+    """Of any process; a zombie that nobody has waited for has ended too. Raises AssertionError."""
+    deadline = time.monotonic() + seconds
+    try:
+        process = psutil.Process(pid)
+        while process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"{process} goes on"
+            time.sleep(0.1)
+    except psutil.NoSuchProcess:
+        pass

@@ -103,8 +103,7 @@ def test_a_stop_signal_reaches_training_and_the_exit_code_is_75(cli, run_yaml, t
         text=True,
     )
     metrics = folder / "member_00" / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < end:
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:  # the test itself has a timeout
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)

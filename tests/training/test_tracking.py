@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from runs import wait_for_end
 
 from hpcmlip.cluster.experiment import identity
 from hpcmlip.config import RunConfig, load
@@ -121,13 +121,6 @@ def test_mlflow_holds_one_run_for_two_starts_and_a_kill(make_tracking, make_conf
     wait_for_end(int(killed.stdout), 100)
     (run,) = client.search_runs([experiment])
     assert run.info.status == "FAILED" and run.data.metrics["train/loss"] == 0.25
-
-
-def wait_for_end(pid: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow"])
