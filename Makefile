@@ -70,7 +70,7 @@ test: $(VENV)/tested ## all tests; ARGS="-k loader" for some of them
 	$(PYTEST) $(ARGS)
 
 soak: $(VENV)/tested ## every fault of docs/reliability.md at full counts, hours; stop it and start it again as you like
-	@$(PYTEST) --soak soak/record.jsonl $(ARGS) && code=0 || code=$$?
+	@$(PYTEST) --soak=soak/record.jsonl $(ARGS) && code=0 || code=$$?
 	$(BIN)/python tests/soak.py soak/record.jsonl docs/reliability.md
 	exit $$code
 

@@ -5,7 +5,7 @@
 
     @pytest.mark.control("R3", broken="resume without the moments")    # the mechanism broken: the check must fail
 
-`draw` seeds a generator from (--seed, test, number of the draw) and prints that. With `--soak FILE` the counts are the
+`draw` seeds a generator from (--seed, test, number of the draw) and prints that. With `--soak=FILE` the counts are the
 full ones, every outcome is a line of FILE, and what has passed there is not run again, so that a campaign of hours is
 made in pieces: stop it at any moment and start it again. `python tests/soak.py FILE docs/reliability.md` writes the
 table.
