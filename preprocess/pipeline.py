@@ -6,7 +6,8 @@ scan (judge every row) -> layout (pure: from counts to shards) -> write (one tas
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -48,9 +49,11 @@ def build(job: Job, execute: schedule.Execute, began: float | None = None) -> No
         commit.tidy(job)
         console.print(f"{out} is complete, nothing to do", markup=False)
         return
-    groups = _list_groups(job)
+    phases: dict[str, float] = {}
+    with _timed("listing", phases):
+        groups = _list_groups(job)
     try:
-        scanned = _build(job, groups, execute, console)
+        scanned = _build(job, groups, execute, console, phases)
     except OSError as error:
         raise DataError(
             f"cannot write {error.filename or out}: {error.strerror or error}; free space and run again"
@@ -59,20 +62,31 @@ def build(job: Job, execute: schedule.Execute, began: float | None = None) -> No
         out,
         unlabelled=scanned.rows - scanned.num_bad - scanned.num_kept,
         seconds=time.monotonic() - began,
+        phases=phases,
     )
 
 
-def _build(job: Job, groups: list[list[RawGroup]], execute: schedule.Execute, console: Console) -> scan.Scanned:
+@contextmanager
+def _timed(name: str, phases: dict[str, float]) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    phases[name] = time.monotonic() - began
+
+
+def _build(job: Job, groups: list[list[RawGroup]], execute: schedule.Execute, console: Console, phases) -> scan.Scanned:
     with commit.lock(job):
         if job.config.out.exists():
             raise RunError(f"{job.config.out} was finished by another process just now")
         if commit.prepare(job):
             console.print(f"continuing the work in {job.partial}", markup=False)
-        scanned, num_units = _scan(job, groups, execute, console)
-        metas, tasks = _write(job, scanned, execute, console)
-        bad, repeated = scan.quarantine(job, range(num_units)), duplicates.find(job, num_units)
-        commit.commit(job, scanned, metas, tasks, bad, repeated)
-        commit.discard(job)
+        with _timed("reading", phases):
+            scanned, num_units = _scan(job, groups, execute, console)
+        with _timed("writing", phases):
+            metas, tasks = _write(job, scanned, execute, console)
+        with _timed("finishing", phases):
+            bad, repeated = scan.quarantine(job, range(num_units)), duplicates.find(job, num_units)
+            commit.commit(job, scanned, metas, tasks, bad, repeated)
+            commit.discard(job)
     return scanned
 
 

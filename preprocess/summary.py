@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -11,14 +12,15 @@ from hpcmlip.data.inspection import duplicates_text, level_table, split_counts, 
 from hpcmlip.data.store import DUPLICATES, QUARANTINE, SPLITS
 
 
-def show(path: Path, *, unlabelled: int, seconds: float) -> None:
-    """Print the table of a store that was just built."""
+def show(path: Path, *, unlabelled: int, seconds: float, phases: Mapping[str, float]) -> None:
+    """Print the table of a store that was just built; `phases` are parts of the `seconds`."""
     store = stores.open_store(path)
     meta = store.meta
     size = sum(file["size"] for file in store.files.values())
     rows = max(meta.num_structures, 1)
     table = Table(title=f"{meta.name}: {path}", title_justify="left", show_header=False)
     splits = split_counts(meta)
+    parts = ", ".join(f"{name} {part:.1f} s" for name, part in phases.items())
     for name, value in (
         ("structures", f"{meta.num_structures:,}"),
         ("atoms", f"{sum(group.rows * group.num_atoms for group in meta.groups):,}"),
@@ -28,7 +30,7 @@ def show(path: Path, *, unlabelled: int, seconds: float) -> None:
         ("duplicates", duplicates_text(store) + _listed(path / DUPLICATES, store.duplicates["structures"])),
         ("without any label", f"{unlabelled:,}"),
         ("size", f"{size / 1e6:,.1f} MB in {len(store.files)} files, {size / rows:,.0f} bytes a structure"),
-        ("time", f"{seconds:,.1f} s, {rows / seconds:,.0f} structures/s"),
+        ("time", f"{seconds:,.1f} s, {rows / seconds:,.0f} structures/s ({parts})"),
     ):
         table.add_row(name, value)
     console = wide_console()

@@ -5,27 +5,24 @@ processes, sampled; pages that processes share are counted by share (PSS).
 """
 
 import argparse
-import contextlib
-import json
 import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import h5py
-import psutil
-from rich.console import Console
-from rich.table import Table
 
-from hpcmlip.data.store import open_store
-from hpcmlip.errors import ConfigError, RunError
+from hpcmlip.bench import mace_data
+from hpcmlip.bench.sharding import Sharded, shard, show
+from hpcmlip.bench.stepping import ratio
+from hpcmlip.errors import ConfigError
 
 COMPONENT = "structures/s of sharding, peak memory on a 10x larger file"
 COPIES = 10
+LEVEL, CUTOFF = "gfn1_xtb", 6.5
+"""What MACE prepares: energies and forces of a level, neighbours within Å."""
+EVERY = 10
+"""MACE gets every so many-th conformation of the same molecules: it takes a second for some 500."""
 
 
 def main(args: list[str]) -> int:
@@ -37,32 +34,52 @@ def main(args: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="peak memory on the file and on ten copies of it")
     parser.add_argument("--copies", type=int, default=1, help="speed: time a file of this many copies")
+    parser.add_argument(
+        "--mace", type=Path, metavar="PYTHON", help="speed: mace_prepare_data of that Python takes turns"
+    )
     options = parser.parse_args(args)
     if not options.config.is_file():
         raise ConfigError(f"there is no config {options.config}; 'hpcmlip configs' lists those of the package")
+    if options.mace and not options.data:
+        raise ConfigError("--mace needs the raw file: give it with --data")
     with tempfile.TemporaryDirectory(prefix="hpcmlip-bench-") as folder:
         work = Path(folder)
         result = _memory(options, work) if options.memory else _speed(options, work)
-    _print(result)
+    show(result)
     return 0
 
 
 def _speed(options, work: Path) -> dict:
     source = _replicate(options, work, options.copies)
-    rows = []
-    for workers in options.workers:
-        runs = [_run(options.config, source, work, workers, watch=False) for _ in range(options.repeats)]
-        seconds = statistics.median(run["seconds"] for run in runs)
-        rows.append(
-            {
-                "workers": workers,
-                "structures": runs[0]["structures"],
-                "median_s": round(seconds, 2),
-                "all_s": [round(run["seconds"], 2) for run in runs],
-                "structures_per_s": round(runs[0]["structures"] / seconds),
-            }
-        )
-    return {"benchmark": "shard speed", "cores": len(os.sched_getaffinity(0)), "rows": rows}
+    runs: dict[int, list[Sharded]] = {workers: [] for workers in options.workers}
+    mace: list[float] = []
+    if options.mace:
+        frames = mace_data.write_extxyz(options.data, work / "mace.xyz", LEVEL, EVERY)
+    for repeat in range(options.repeats):
+        for workers, found in runs.items():
+            found.append(_run(options.config, source, work, workers, watch=False))
+        if options.mace:
+            processes = max(options.workers)
+            seconds = mace_data.prepare(options.mace, work / "mace.xyz", work / f"mace{repeat}", CUTOFF, processes)
+            mace.append(frames / seconds)
+    rows = [_row(f"hpcmlip, {workers}", found) for workers, found in runs.items()]
+    result = {"benchmark": "shard speed", "cores": len(os.sched_getaffinity(0)), "rows": rows}
+    if mace:
+        result["mace_structures_per_s"] = [round(rate, 1) for rate in mace]
+        ours = [found.structures / found.seconds for found in runs[max(runs)]]
+        result["ratio_to_mace"] = ratio([1 / rate for rate in mace], [1 / rate for rate in ours])
+    return result
+
+
+def _row(name: str, runs: list[Sharded]) -> dict:
+    seconds = statistics.median(run.seconds for run in runs)
+    return {
+        "program, workers": name,
+        "structures": runs[0].structures,
+        "median_s": round(seconds, 2),
+        "all_s": [round(run.seconds, 2) for run in runs],
+        "structures_per_s": round(runs[0].structures / seconds),
+    }
 
 
 def _memory(options, work: Path) -> dict:
@@ -71,13 +88,13 @@ def _memory(options, work: Path) -> dict:
         source = _replicate(options, work, copies)
         for workers in options.workers:
             runs = [_run(options.config, source, work, workers, watch=True) for _ in range(options.repeats)]
-            peak = statistics.median(run["peak"] for run in runs)
+            peak = statistics.median(run.peak_bytes for run in runs)
             rows.append(
                 {
                     "workers": workers,
-                    "structures": runs[0]["structures"],
+                    "structures": runs[0].structures,
                     "peak_mb": round(peak / 1e6, 1),
-                    "all_mb": [round(run["peak"] / 1e6, 1) for run in runs],
+                    "all_mb": [round(run.peak_bytes / 1e6, 1) for run in runs],
                 }
             )
     ratios = {
@@ -103,46 +120,5 @@ def _replicate(options, work: Path, copies: int) -> Path | None:
     return path
 
 
-def _run(config: Path, source: Path | None, work: Path, workers: int, *, watch: bool) -> dict:
-    """One fresh command: seconds, CPU seconds, structures and, if watched (that costs time), peak bytes."""
-    out = work / "out.zarr"
-    shutil.rmtree(out, ignore_errors=True)
-    overrides = [f"out={out}", *([f"sources=['{source}']"] if source else [])]
-    command = [sys.executable, "-m", "hpcmlip", "shard", str(config), *overrides, "--workers", str(workers)]
-    began = time.perf_counter()
-    with open(work / "log.txt", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        peak = [0]
-        if watch:
-            _watch(process, peak)
-        code = process.wait()
-    seconds = time.perf_counter() - began
-    if code:
-        raise RunError(f"{' '.join(command)} failed: {(work / 'log.txt').read_text()[-2000:]}")
-    return {
-        "seconds": seconds,
-        "peak": peak[0],
-        "structures": open_store(out).meta.num_structures,
-    }
-
-
-def _watch(process: subprocess.Popen, peak: list[int]) -> None:
-    while process.poll() is None:
-        total = 0
-        with contextlib.suppress(psutil.Error):
-            parent = psutil.Process(process.pid)
-            for member in [parent, *parent.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):
-                    total += member.memory_full_info().pss
-        peak[0] = max(peak[0], total)
-        time.sleep(0.05)
-
-
-def _print(result: dict) -> None:
-    table = Table(title=result["benchmark"], title_justify="left")
-    for name in result["rows"][0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in result["rows"]:
-        table.add_row(*(f"{v:,}" if isinstance(v, int | float) else ", ".join(map(str, v)) for v in row.values()))
-    Console().print(table)
-    print(json.dumps(result))
+def _run(config: Path, source: Path | None, work: Path, workers: int, *, watch: bool) -> Sharded:
+    return shard(config, work / "out.zarr", [f"sources=['{source}']"] if source else [], workers, watch=watch)
