@@ -6,6 +6,7 @@ PYTHON ?= python3
 RANKS ?= 2
 JOBS ?= 2
 ARGS ?=
+DATA ?= configs/samples/xtb_tiny.h5
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint lock clean
+.PHONY: help demo test soak bench lint lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -73,6 +74,18 @@ soak: $(VENV)/tested ## every fault of docs/reliability.md at full counts, hours
 	@$(PYTEST) --soak=soak/record.jsonl $(ARGS) && code=0 || code=$$?
 	$(BIN)/python tests/soak.py soak/record.jsonl docs/reliability.md
 	exit $$code
+
+.peers/mace/ready:
+	@$(PYTHON) -m venv --clear .peers/mace
+	.peers/mace/bin/python -m pip install -qq --constraint constraints.txt torch
+	.peers/mace/bin/python -m pip install -qq "mace-torch==0.3.16"
+	touch $@
+
+bench: $(VENV)/tested .peers/mace/ready ## all benchmarks -> docs/benchmarks.md, an hour on a quiet machine; DATA=xtb_nms.h5
+	@test -f "$(DATA)" || { echo "make bench: name the raw file of configs/data/xtb_nms.yaml, DATA=/path/to/xtb_nms.h5"; exit 1; }
+	$(PIP) install --constraint constraints.txt --editable ".[bench]"
+	$(HPCMLIP) shard configs/data/ab_initio_small.yaml out=demo/ab_initio.zarr
+	$(HPCMLIP) bench page $(ARGS) --data "$(DATA)" --mace .peers/mace/bin/python
 
 lint: $(VENV)/tested ## ruff
 	@$(BIN)/python -m ruff check .

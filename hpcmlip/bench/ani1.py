@@ -12,6 +12,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from hpcmlip import configs
 from hpcmlip.bench import ani1_like
@@ -21,6 +23,9 @@ from hpcmlip.units import HARTREE
 
 COMPONENT = "sharding of 22 million conformations in ANI-1's layout: time, memory, size"
 CONFIG = "data/ani1.yaml"
+MODELLED = (1, 2, 4, 8, 16, 64)
+PASSES = 2
+"""Times that each row of a raw file is read."""
 COMPARED = 40
 """Structures a group of the store that are compared with the raw files."""
 
@@ -42,7 +47,11 @@ def main(args: list[str]) -> int:
             run = shard(configs.path(CONFIG), store, overrides, workers, watch=True)
             rows.append(_row(run, workers, raw, store))
         different = _differences(store, raw)
-    show({"benchmark": "shard in ANI-1's layout", "cores": len(os.sched_getaffinity(0)), "rows": rows})
+    result = {"benchmark": "shard in ANI-1's layout", "cores": len(os.sched_getaffinity(0)), "rows": rows}
+    if len(rows) > 1:
+        result["model"] = _model(rows)
+        _show_model(result["model"])
+    show(result)
     if different:
         print(f"{different} structures of the store differ from the raw files")
     return int(different > 0)
@@ -76,6 +85,38 @@ def _row(run: Sharded, workers: int, raw: list[Path], path: Path) -> dict:
         "files": len(store.files),
         "size_over_content": round(size / held, 3),
     }
+
+
+def _model(rows: list[dict]) -> dict:
+    """Seconds of W workers as serial + shared / W, from the runs with fewest and most workers, and what W workers ask
+    of the file system."""
+    few, many = rows[0], rows[-1]
+    shared = (few["seconds"] - many["seconds"]) / (1 / few["workers"] - 1 / many["workers"])
+    serial = few["seconds"] - shared / few["workers"]
+    found = []
+    for workers in MODELLED:
+        seconds = serial + shared / workers
+        found.append(
+            {
+                "workers": workers,
+                "seconds": round(seconds, 1),
+                "structures_per_s": round(few["structures"] / seconds),
+                "read_mb_per_s": round(PASSES * few["raw_mb"] / seconds),
+                "write_mb_per_s": round(few["store_mb"] / seconds),
+                "new_files_per_s": round(few["files"] / seconds),
+            }
+        )
+    return {"serial_seconds": round(serial, 1), "shared_seconds": round(shared, 1), "workers": found}
+
+
+def _show_model(model: dict) -> None:
+    title = f"Model: {model['serial_seconds']} s + {model['shared_seconds']} s / workers"
+    table = Table(title=title, title_justify="left")
+    for name in model["workers"][0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in model["workers"]:
+        table.add_row(*(f"{value:,}" for value in row.values()))
+    Console().print(table)
 
 
 def _differences(path: Path, raw: list[Path]) -> int:

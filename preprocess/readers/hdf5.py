@@ -90,7 +90,9 @@ class Hdf5File(RawFile):
             yield path
             return
         links: list[bytes] = []
-        node.links.iterate(lambda name, link: links.append(name) if link.type == h5py.h5l.TYPE_HARD else None, info=True)
+        node.links.iterate(
+            lambda name, link: links.append(name) if link.type == h5py.h5l.TYPE_HARD else None, info=True
+        )
         for name in links:
             child = h5py.h5o.open(node, name)
             if isinstance(child, h5py.h5g.GroupID):
