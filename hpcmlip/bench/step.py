@@ -261,9 +261,9 @@ def _model(jobs: dict[int, Job], all_reduce: dict[str, float], stage: int, optio
     seen = Network.fit(all_reduce)
     assumed = Network(1e-6 * options.latency, 1e9 * options.bandwidth)
     cases = {
-        "a core, this machine": (compute, whole - compute, seen),
-        "a core, assumed network": (compute, whole - compute, assumed),
-        "assumed device and network": (compute / options.speedup, (whole - compute) / options.speedup, assumed),
+        "core, here": (compute, whole - compute, seen),
+        "core, network": (compute, whole - compute, assumed),
+        "device, network": (compute / options.speedup, (whole - compute) / options.speedup, assumed),
     }
     work = alone.hello["epoch_pairs"]
     rows = []
@@ -308,12 +308,13 @@ def _show(result: dict) -> None:
         overheads = (_spread(seen[key]) for key in ("overhead_percent", "overhead_percent_cpu"))
         table.add_row(str(ranks), *times, f"{seen['structures_per_s']:.0f}", *overheads)
     console.print(table)
-    table = Table(title="longer than in plain torch, % of its step", title_justify="left")
-    parts = next(iter(result["steps"].values()))["percent_of_plain"]
-    for column in ("processes", *parts):
-        table.add_column(column, justify="right")
-    for ranks, seen in result["steps"].items():
-        table.add_row(str(ranks), *(_spread(values) for values in seen["percent_of_plain"].values()))
+    table = Table(title="longer than in plain torch, in % of its whole step", title_justify="left")
+    table.add_column("")
+    for ranks in result["steps"]:
+        table.add_column(f"{ranks} process(es)", justify="right")
+    columns = [seen["percent_of_plain"] for seen in result["steps"].values()]
+    for part in columns[0]:
+        table.add_row(part, *(_spread(column[part]) for column in columns))
     console.print(table)
     scaling = {what: _spread(values) for what, values in result["weak_scaling"].items()}
     console.print(
@@ -326,7 +327,7 @@ def _show(result: dict) -> None:
 def _show_model(console: Console, result: dict) -> None:
     model = result["model"]
     table = Table(title=f"a step on N processes with {model['pairs']:.0f} pairs each", title_justify="left")
-    for column in ("", "N", "ms", "communication %", "times one", f"pairs for {SHARE:.0%}"):
+    for column in ("", "N", "ms", "network %", "times one", f"pairs for {SHARE:.0%}"):
         table.add_column(column, justify="left" if not column else "right")
     for row in model["steps"]:
         figures = (
@@ -336,12 +337,12 @@ def _show_model(console: Console, result: dict) -> None:
         )
         table.add_row(row["case"], str(row["processes"]), *figures, f"{row['pairs_for_share']:,}")
     console.print(table)
-    console.print(
-        f"seen with 2: {model['seen_milliseconds_2']} ms; here a message takes {model['latency_microseconds']:.0f} µs and "
-        f"{model['bandwidth_gb_per_s']:.2f} GB/s. Assumed: {result['latency']:g} µs, {result['bandwidth']:g} GB/s, a "
-        f"device {result['speedup']:g} times as fast as a core. Everything beyond 2 processes is extrapolated.",
-        highlight=False,
-    )
+    latency, bandwidth = model["latency_microseconds"], model["bandwidth_gb_per_s"]
+    text = f"""seen with 2: {model["seen_milliseconds_2"]} ms
+here: a message takes {latency:.0f} µs and {bandwidth:.2f} GB/s
+assumed: {result["latency"]:g} µs, {result["bandwidth"]:g} GB/s, a device {result["speedup"]:g} times as fast as a core
+beyond 2 processes all is extrapolated: no other traffic, no noise of the machines, data always ready"""
+    console.print(text, highlight=False)
 
 
 def _spread(values: Sequence[float]) -> str:
