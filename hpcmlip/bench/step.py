@@ -301,7 +301,7 @@ def _model(jobs: dict[int, Job], all_reduce: dict[str, float], stage: int, optio
 def _show(result: dict) -> None:
     console = Console()
     table = Table(title=f"A training step of {result['preset']}, a core a process", title_justify="left")
-    for column in ("processes", "ms", "plain torch, ms", "structures/s", "overhead %", "in CPU time %"):
+    for column in ("ranks", "ms", "plain", "per s", "overhead %", "of CPU time %"):
         table.add_column(column, justify="right")
     for ranks, seen in result["steps"].items():
         times = (f"{seen['milliseconds'][program]:.1f}" for program in ("hpcmlip", "plain"))
@@ -346,4 +346,4 @@ beyond 2 processes all is extrapolated: no other traffic, no noise of the machin
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
+    return "{:.2f} ({:.2f} to {:.2f})".format(*values)

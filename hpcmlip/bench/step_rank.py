@@ -33,7 +33,7 @@ from hpcmlip.training.stopping import Signals, StopRequests
 STEP, REDUCE, END = "step", "reduce", "end"
 """What rank 0 is asked for."""
 PARTS = ("forward", "agreement", "backward", "update")
-"""Of a step of plain torch; update: clipping, reduction of the gradients, optimizer."""
+"""Of a step of plain torch; backward: with the reduction of the gradients; update: clipping and optimizer."""
 REDUCE_BYTES = (8, 2**16, 2**20, 2**22, 2**24)
 _REDUCE_REPEATS = 20
 
@@ -60,7 +60,6 @@ class Plain:
         loss = self._objective.value(sums) if self._ranks == 1 else self._surrogate(sums)
         marks.append(time.perf_counter())
         loss.backward()
-        marks.append(time.perf_counter())
         parameters = [p for p in self.parameters.values() if p.grad is not None]
         if self._ranks > 1:
             flat = torch.cat([p.grad.flatten() for p in parameters])
@@ -68,6 +67,7 @@ class Plain:
             pieces = (flat / self._ranks).split([p.numel() for p in parameters])
             for p, piece in zip(parameters, pieces, strict=True):
                 p.grad = piece.view_as(p)
+        marks.append(time.perf_counter())
         if self._clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
         self._optimizer.step()
