@@ -1,7 +1,7 @@
 """`python -m hpcmlip.bench.startup_run RUN.yaml RUN_DIR`: `hpcmlip train` to its first step, and what that took.
 
-Prints a line of JSON: seconds of the phases, and what was done to the files of the first store (PEP 578 announces what
-is opened and listed; `os.stat` is counted by a wrapper).
+Prints a line of JSON: seconds of the phases, the modules that were loaded, and what was done to the files of the first
+store (PEP 578 announces what is opened and listed; `os.stat` is counted by a wrapper).
 """
 
 import functools
@@ -78,19 +78,8 @@ def main() -> None:
     watch.files(config.data.stores[0])
     watch.time(dist, "start", "process group")
     watch.time(Dataset, "open", "data")
-    initialize = engine._initialize
-
-    def import_first(*args):
-        import_began = time.perf_counter()
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed  # noqa: F401
-
-        watch.seconds["import of DeepSpeed"] = time.perf_counter() - import_began
-        initialized = initialize(*args)
-        watch.seconds["engine"] = time.perf_counter() - import_began - watch.seconds["import of DeepSpeed"]
-        return initialized
-
-    engine._initialize = import_first
+    watch.time(engine, "_import_deepspeed", "import of DeepSpeed")
+    watch.time(engine, "_initialize", "engine")
     step = engine.Engine.step
 
     def first_step(self, *args):
@@ -99,11 +88,13 @@ def main() -> None:
         result = step(self, *args)
         now = time.perf_counter()
         watch.stop()
+        watch.seconds["engine"] -= watch.seconds["import of DeepSpeed"]
         watch.seconds["first step"] = now - step_began
         phases = [phase for phase in watch.seconds if phase != "Python and imports"]
         watch.seconds["the rest"] = now - began - sum(watch.seconds[phase] for phase in phases)
         watch.seconds["imports to first step"] = now - began
-        print(json.dumps({"seconds": watch.seconds, "uses": watch.uses}), flush=True)
+        found = {"seconds": watch.seconds, "uses": watch.uses, "modules": sorted(sys.modules)}
+        print(json.dumps(found), flush=True)
         signals.first = signal.SIGTERM
         return result
 
