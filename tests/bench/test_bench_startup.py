@@ -47,7 +47,7 @@ def test_listings_are_seen(tmp_path):
 def test_figures_of_the_command(capsys, monkeypatch):
     seconds = {"Python and imports": 2.0, "first step": 1.0}
     uses = {"opened": {"zarr.json": 1, "manifest.json": 1, "n003/z/c/0/0": 2}, "listed": {}, "looked at": {"": 1}}
-    monkeypatch.setattr(startup, "make_run", lambda work, preset: Path(work))
+    monkeypatch.setattr(startup, "make_run", Path)
     monkeypatch.setattr(startup, "start", lambda config, run_dir: {"seconds": seconds, "uses": uses})
     assert startup.main(["--repeats=1"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
