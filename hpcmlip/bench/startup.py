@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> int:
 def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hpcmlip bench startup", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "run", type=Path, nargs="?", metavar="RUN.yaml", help="default: the preset of HIP-NN-TS on the packaged sample"
+        "run", type=Path, nargs="?", metavar="RUN.yaml", help="default: HIP-NN-TS on the packaged sample"
     )
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args(args)
