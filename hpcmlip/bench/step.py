@@ -253,7 +253,10 @@ def slowest(work: Sequence[float], processes: int) -> float:
 
 
 def _model(jobs: dict[int, Job], all_reduce: dict[str, float], stage: int, options: argparse.Namespace) -> dict:
-    """t(N) = compute · slowest(N) + constant + communication(N), from the steps of one process."""
+    """t(N) = compute · slowest(N) + constant + communication(N), from the steps of one process.
+
+    An assumed device shortens the constant part as well, which rather overstates the part of the network.
+    """
     alone = jobs[1]
     whole = statistics.median(alone.seconds("hpcmlip"))
     compute = min(whole, sum(statistics.median(alone.seconds(part)) for part in ("forward", "backward")))
