@@ -122,12 +122,13 @@ def train(
     from hpcmlip import dist
     from hpcmlip.cluster import trials
     from hpcmlip.config import RunConfig, load
-    from hpcmlip.training import forecast as forecasting
     from hpcmlip.training import loop
 
     config = load(RunConfig, run, overrides or ())
     run_dir = run_dir or Path("runs") / config.name
     if forecast:
+        from hpcmlip.training import forecast as forecasting
+
         code = forecasting.forecast(config, run_dir, signals, as_json=json)
     else:
         trial = trials.watched(run_dir)

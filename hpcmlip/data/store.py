@@ -24,12 +24,15 @@ Rows of a group are sorted by (split, labels, source), so that a run reads only 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import stat
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import zarr
+from zarr.buffer import default_buffer_prototype
+from zarr.storage import LocalStore
 
 from hpcmlip.errors import DataError
 
@@ -37,7 +40,7 @@ SCHEMA = 2
 MOLECULES_SCHEMA = 1
 """Of a store without periodic structures, which is what it was before there were any."""
 SPLITS = ("train", "val", "test")
-MANIFEST = "manifest.json"
+METADATA, MANIFEST = "zarr.json", "manifest.json"
 QUARANTINE, DUPLICATES = "quarantine.csv", "duplicates.csv"
 DUPLICATES_ATTRIBUTE = "hpcmlip_duplicates"
 
@@ -181,11 +184,16 @@ class Store:
     meta: Meta
     digest: str
     """sha256 over the manifest: the identity of the data."""
+    files: dict[str, dict] = field(compare=False, repr=False)
+    """Manifest entries: relative path -> {"size", "sha256"}."""
+    metadata: bytes = field(compare=False, repr=False)
+    """Of the root, as the manifest knows it."""
 
     @cached_property
     def root(self) -> zarr.Group:
         try:
-            return zarr.open_group(self.path, mode="r", zarr_format=3, use_consolidated=True)
+            folder = _Folder(self.path, self.metadata)
+            return zarr.open_group(folder, mode="r", zarr_format=3, use_consolidated=True)
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{self.path} is no hpcmlip store: zarr cannot read its metadata ({error})") from None
 
@@ -216,11 +224,6 @@ class Store:
                 f"run 'hpcmlip verify {self.path}', then shard again"
             ) from None
 
-    @cached_property
-    def files(self) -> dict[str, dict]:
-        """Manifest entries: relative path -> {"size", "sha256"}."""
-        return read_manifest(self.path)["files"]
-
     @property
     def duplicates(self) -> dict[str, int] | None:
         """`structures` that repeat an earlier one, and `across_splits`, those of them in another split than the first;
@@ -229,11 +232,27 @@ class Store:
 
     def _check_present(self, name: str) -> None:
         # zarr reads a missing or empty shard as fill values without a word
-        path = self.path / name
-        size = path.stat().st_size if path.is_file() else None
+        try:
+            found = (self.path / name).stat()
+            size = found.st_size if stat.S_ISREG(found.st_mode) else None
+        except OSError:
+            size = None
         if name not in self.files or size != self.files[name]["size"]:
             found = "missing" if size is None else f"{size} bytes long"
             raise DataError(f"store {self.path}: {name} is {found}; run 'hpcmlip verify {self.path}', then shard again")
+
+
+class _Folder(LocalStore):
+    """A folder whose root metadata was read before: of many runs that begin together each reads it once."""
+
+    def __init__(self, root: Path, metadata: bytes):
+        super().__init__(root, read_only=True)
+        self._metadata = metadata
+
+    async def get(self, key, prototype=None, byte_range=None):
+        if key == METADATA:
+            return (prototype or default_buffer_prototype()).buffer.from_bytes(self._metadata)
+        return await super().get(key, prototype, byte_range)
 
 
 def read_manifest(path: Path) -> dict:
@@ -266,15 +285,15 @@ def open_store(path: Path | str) -> Store:
         raise DataError(f"there is no store at {path}{hint}")
     manifest = read_manifest(path)
     try:
-        raw = (path / "zarr.json").read_bytes()
+        raw = (path / METADATA).read_bytes()
     except OSError as error:
         raise DataError(f"{path} is no hpcmlip store: cannot read zarr.json ({error.strerror})") from None
-    if hashlib.sha256(raw).hexdigest() != manifest["files"].get("zarr.json", {}).get("sha256"):
-        raise DataError(f"{path / 'zarr.json'} does not match the manifest: damaged, shard it again")
+    if hashlib.sha256(raw).hexdigest() != manifest["files"].get(METADATA, {}).get("sha256"):
+        raise DataError(f"{path / METADATA} does not match the manifest: damaged, shard it again")
     try:
         values = json.loads(raw)["attributes"]["hpcmlip"]
         if values["schema"] > SCHEMA:
             raise DataError(f"{path} has schema {values['schema']}, this hpcmlip reads up to {SCHEMA}: upgrade hpcmlip")
-        return Store(path, Meta.from_json(values), manifest["digest"])
+        return Store(path, Meta.from_json(values), manifest["digest"], manifest["files"], raw)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no hpcmlip store ({type(error).__name__} while reading zarr.json)") from None

@@ -6,7 +6,7 @@ All pure functions of numbers; `metrics` gives the content of metrics.json.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit  # Student's t; scipy.stats takes half a second to import
 
 from hpcmlip.evaluation.sums import SPREAD_COLUMNS, Sums
 from hpcmlip.training.errors import PROPERTIES
@@ -25,7 +25,7 @@ def interval(values: Sequence[float]) -> float | None:
     n = len(values)
     if n < 2:
         return None
-    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2) * np.std(values, ddof=1) / np.sqrt(n))
 
 
 def unit_of(prop: str, unit: str) -> str:

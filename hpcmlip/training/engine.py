@@ -9,9 +9,11 @@ import argparse
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -181,17 +183,11 @@ def _initialize(objective: Objective, config: RunConfig, world: World, per_rank:
     # read when DeepSpeed is first imported; its own guess would take a GPU that the config does not want
     os.environ.setdefault("DS_ACCELERATOR", device)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
-    import deepspeed
-    import deepspeed.ops
+    deepspeed = _import_deepspeed()
     from deepspeed.utils import groups
 
     # DeepSpeed's own call, at every step of stages 1 and 2
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-
-    # No operator is wanted: the only one that would be loaded, shared memory for tensor-parallel inference, takes a
-    # compiler and up to 90 s to build, and a build that is killed leaves a lock on which every later start waits for
-    # ever. Set, not edited: reading it first would probe the machine's compilers for all operators.
-    deepspeed.ops.__compatible_ops__ = {}
     if groups._WORLD_GROUP not in torch.distributed.distributed_c10d._world.pg_map:
         groups._WORLD_GROUP = None  # of an earlier run in this process, whose group is gone
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
@@ -205,6 +201,27 @@ def _initialize(objective: Objective, config: RunConfig, world: World, per_rank:
         config=_deepspeed_config(config, per_rank, world),
     )
     return engine
+
+
+def _import_deepspeed() -> ModuleType:
+    """DeepSpeed without what no run here uses."""
+    # Its optimizer Muon loads the compiler of torch when it is imported, which takes longer than DeepSpeed itself, and
+    # every first step imports it to see that the optimizer is another one. Its autotuner imports mlflow.
+    for name, value in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
+        absent = ModuleType(f"deepspeed.runtime.zero.muon.{name}")
+        setattr(absent, value, type(value, (), {}))
+        sys.modules.setdefault(absent.__name__, absent)
+    sys.modules.setdefault("mlflow", None)
+    import deepspeed
+    import deepspeed.ops
+
+    if sys.modules["mlflow"] is None:
+        del sys.modules["mlflow"]
+    # No operator is wanted: the only one that would be loaded, shared memory for tensor-parallel inference, takes a
+    # compiler and up to 90 s to build, and a build that is killed leaves a lock on which every later start waits for
+    # ever. Set, not edited: reading it first would probe the machine's compilers for all operators.
+    deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
 
 
 def _optimizer(optim: OptimSection, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:

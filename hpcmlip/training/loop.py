@@ -186,7 +186,7 @@ class Training:
     def _epochs(self, reporter: Reporter) -> str | None:
         """Why the run ended; None if it was asked to stop."""
         while self.progress.epoch < self.config.train.epochs:
-            if not self._steps(reporter):
+            if not self.steps(reporter):
                 return None
             reason = self._validation(reporter)
             if reason is not None:
@@ -194,7 +194,7 @@ class Training:
             self.progress = dataclasses.replace(self.progress, epoch=self.progress.epoch + 1, step_in_epoch=0)
         return f"all {self.config.train.epochs} epochs done"
 
-    def _steps(self, reporter: Reporter) -> bool:
+    def steps(self, reporter: Reporter) -> bool:
         """The rest of the current epoch; False if asked to stop."""
         epoch, first = self.progress.epoch, self.progress.step_in_epoch
         steps = self.loader.steps(epoch)

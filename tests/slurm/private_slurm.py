@@ -47,7 +47,7 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=bf_interval=5,sched_interval=5,defer
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,defer
 KillWait=30
 ReturnToService=2
 AccountingStorageType=accounting_storage/none

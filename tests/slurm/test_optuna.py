@@ -15,6 +15,8 @@ TRIALS = {True: 20, False: 3}
 GENERATION = {True: 4, False: 2}
 EPOCHS = {True: 8, False: 3}
 FAULTS = {True: 30, False: 2}
+PAUSE = {True: 20, False: 8}
+"""Seconds at most before each."""
 
 
 def _sweep(is_soak: bool) -> dict:
@@ -52,7 +54,7 @@ def test_a_sweep_ends_as_if_nobody_had_touched_it(queue, cli, xtb_store, tmp_pat
         # spread over the whole sweep
         ended = len(list(experiment.folder.glob("t*/done.json")))
         if faults.total() < num_faults * (ended + 1) / num_trials:
-            time.sleep(draw.rng.uniform(0, 20))
+            time.sleep(draw.rng.uniform(0, PAUSE[draw.is_soak]))
             what = inflict(queue, experiment, draw.rng)
             faults.update([what] if what else [])
         else:
