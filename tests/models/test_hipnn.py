@@ -41,6 +41,16 @@ def test_radial_functions(num):
         assert_close(s[0, 1].sum().item(), expected, rtol=5e-5 if expected < 1e-2 else 1e-9, atol=0)
 
 
+def test_no_sensitivity_is_denormal():
+    mu, sigma = (x.float() for x in hipnn.initial_sensitivities(20, 0.75, 5.5))
+    dist = torch.linspace(0.3, 6.5, 500).requires_grad_()
+    s = hipnn.sensitivities(dist, mu, sigma)
+    (slope,) = torch.autograd.grad(s.sum(), dist)
+    assert s.min() >= 0.99 * hipnn.NEGLIGIBLE and s.max() > 0.9
+    tiny = torch.finfo(torch.float32).tiny
+    assert not ((slope != 0) & (slope.abs() < tiny)).any()
+
+
 @pytest.mark.parametrize(
     ("features", "interactions", "atom_layers", "expected"),
     [(20, 2, 3, 16286), (64, 1, 4, 43373), (128, 1, 4, 160429), (128, 2, 3, 587606), (128, 2, 4, 653654)],
