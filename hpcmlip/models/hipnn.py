@@ -97,11 +97,15 @@ class Net(nn.Module):
 class Interaction(nn.Module):
     """Messages to an atom from its neighbours, reduced to invariants: spec of HIP-NN-TS in the factored form.
 
-    The weights act on a sender's features before anything is known of the receiver (Q), one scalar filter serves all
-    tensor orders (W), and only the sum over neighbours carries the components (M):
+    One scalar filter W serves all tensor orders, so only the last sum over neighbours carries the components (M). The
+    weights act on the sender's features before anything is known of the receiver (Q):
 
         Q_j[v, a] = sum_b V[v, a, b] z_j[b]      W_ij[a] = sum_v s_v(r_ij) Q_j[v, a]
         M_i[m, a] = sum_j Y_m(r_ij) W_ij[a]      out = M_0 + t1 sqrt(|M_1|^2 + c) + t2 sqrt(|M_2|^2 + c) + w z + b
+
+    or, where z has few features (the elements), after the sum over neighbours (`_sums_first`):
+
+        T_i[m, b, v] = sum_j Y_m(r_ij) z_j[b] s_v(r_ij)      M_i[m, a] = sum_bv V[v, a, b] T_i[m, b, v]
     """
 
     def __init__(self, config: Config, num_in: int):
@@ -120,15 +124,31 @@ class Interaction(nn.Module):
     def forward(self, z: Tensor, graph: Graph, angular: Tensor) -> Tensor:
         """[A, in], angular [A, K, M] (harmonics times cutoff) -> [A, F]."""
         radial = sensitivities(graph.dist, self.mu, self.sigma)  # [A, K, V], the same for both directions of an edge
-        V, F, num_in = self.weight.shape
-        sent = linear(z, self.weight.reshape(V * F, num_in)).reshape(-1, V, F)
-        filtered = graph.swap(product(radial, sent))  # [A, K, F]
-        moments = product(angular.mT, filtered)  # [A, M, F]
+        messages = self._sum_and_weigh if self._sums_first(angular) else self._weigh_and_sum
+        moments = messages(z, graph, angular, radial)  # [A, M, F]
         scalars, *roots = norms(moments, self.cusp)
         out = self.own(z) + scalars
         for scale, root in zip(self.scales, roots, strict=True):
             out = torch.addcmul(out, scale, root)
         return out
+
+    def _sums_first(self, angular: Tensor) -> bool:
+        """Is that the faster order? Multiply-adds of an atom; those of small products count thrice, for their rate."""
+        V, F, num_in = self.weight.shape
+        K, M = angular.shape[1:]
+        return M * num_in * V * (3 * K + F) < V * num_in * F + 3 * K * F * (V + M)
+
+    def _sum_and_weigh(self, z: Tensor, graph: Graph, angular: Tensor, radial: Tensor) -> Tensor:
+        A, _, M = angular.shape
+        outer = (angular[..., None] * graph.lift(z)[:, :, None]).flatten(2)  # [A, K, M * in]
+        sums = product(outer.mT, radial).reshape(A * M, -1)  # [A * M, in * V]
+        return (sums @ self.weight.permute(2, 0, 1).flatten(0, 1)).reshape(A, M, -1)
+
+    def _weigh_and_sum(self, z: Tensor, graph: Graph, angular: Tensor, radial: Tensor) -> Tensor:
+        V, F, num_in = self.weight.shape
+        sent = linear(z, self.weight.reshape(V * F, num_in)).reshape(-1, V, F)
+        filtered = graph.swap(product(radial, sent))  # [A, K, F]
+        return product(angular.mT, filtered)
 
 
 class Residual(nn.Module):

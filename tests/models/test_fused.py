@@ -17,7 +17,7 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
 
 def plain_norms(moments: Tensor, cusp: float) -> tuple[Tensor, ...]:
     lmax = round(moments.shape[1] ** 0.5) - 1
-    parts = [moments[:, l * l : (l + 1) ** 2] for l in range(1, lmax + 1)]
+    parts = [moments[:, n * n : (n + 1) ** 2] for n in range(1, lmax + 1)]
     return (moments[:, 0], *(torch.sqrt((part * part).sum(1) + cusp) for part in parts))
 
 

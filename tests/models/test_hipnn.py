@@ -112,6 +112,36 @@ def test_interaction_is_its_defining_sum():
     assert_close(layer(z, graph, angular), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("reach", [None, 6.5], ids=["dense", "list"])
+def test_both_orders_of_summation_agree(monkeypatch, reach):
+    """With ethanol stretched: some of its atoms lie beyond the cutoff of others; and for a single atom."""
+    numbers, pos = molecules.real("C2H6O1")[0]
+    batches = [
+        molecules.batch(structures, reach=reach)
+        for structures in ([(numbers, pos), (numbers, 4 * pos)], [(numbers[:1], pos[:1])])
+    ]
+    results = []
+    for first in (True, False):
+        monkeypatch.setattr(hipnn.Interaction, "_sums_first", lambda *_, first=first: first)
+        potential = meaningful(Potential(Config(**SMALL), molecules.spec(), seed=1))
+        predictions = potential(batches)
+        loss = sum(p.energy.square().sum() + p.forces.square().sum() for p in predictions)
+        gradients = torch.autograd.grad(loss, list(potential.parameters()))
+        results.append([x for p in predictions for x in (p.energy, p.forces)] + list(gradients))
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, rtol=1e-11, atol=1e-11 * max(1.0, a.abs().max().item()))
+    assert results[0][1].abs().max() > 0.05
+
+
+def test_the_first_block_sums_first():
+    """Where the elements are few; a dense block of a triatomic and the hidden features go the other way."""
+    spec = molecules.spec(["one"])
+    blocks = Potential(Config(), spec, seed=0).net.blocks
+    first, second = (block[0].base for block in blocks)
+    angular = torch.zeros(1, 14, 9)
+    assert first._sums_first(angular) and not second._sums_first(angular) and not first._sums_first(angular[:, :3])
+
+
 def test_without_tensor_scales_order_two_is_order_zero():
     two = meaningful(Potential(Config(lmax=2, **SMALL), molecules.spec(), seed=1))
     zero = Potential(Config(lmax=0, **SMALL), molecules.spec(), seed=1).double().train()
