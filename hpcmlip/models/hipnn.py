@@ -7,6 +7,7 @@ Letters: V sensitivities of a layer, M components of the tensors (1, 4 or 9), `i
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -103,7 +104,7 @@ class Interaction(nn.Module):
         Q_j[v, a] = sum_b V[v, a, b] z_j[b]      W_ij[a] = sum_v s_v(r_ij) Q_j[v, a]
         M_i[m, a] = sum_j Y_m(r_ij) W_ij[a]      out = M_0 + t1 sqrt(|M_1|^2 + c) + t2 sqrt(|M_2|^2 + c) + w z + b
 
-    or, where z has few features (the elements), after the sum over neighbours (`_sums_first`):
+    or, where z has few features (the elements), after the sum over neighbours (`sums_first`):
 
         T_i[m, b, v] = sum_j Y_m(r_ij) z_j[b] s_v(r_ij)      M_i[m, a] = sum_bv V[v, a, b] T_i[m, b, v]
     """
@@ -124,19 +125,14 @@ class Interaction(nn.Module):
     def forward(self, z: Tensor, graph: Graph, angular: Tensor) -> Tensor:
         """[A, in], angular [A, K, M] (harmonics times cutoff) -> [A, F]."""
         radial = sensitivities(graph.dist, self.mu, self.sigma)  # [A, K, V], the same for both directions of an edge
-        messages = self._sum_and_weigh if self._sums_first(angular) else self._weigh_and_sum
+        first = sums_first(self.weight.shape, *angular.shape[1:])
+        messages = self._sum_and_weigh if first else self._weigh_and_sum
         moments = messages(z, graph, angular, radial)  # [A, M, F]
         scalars, *roots = norms(moments, self.cusp)
         out = self.own(z) + scalars
         for scale, root in zip(self.scales, roots, strict=True):
             out = torch.addcmul(out, scale, root)
         return out
-
-    def _sums_first(self, angular: Tensor) -> bool:
-        """Is that the faster order? Multiply-adds of an atom; those of small products count thrice, for their rate."""
-        V, F, num_in = self.weight.shape
-        K, M = angular.shape[1:]
-        return M * num_in * V * (3 * K + F) < V * num_in * F + 3 * K * F * (V + M)
 
     def _sum_and_weigh(self, z: Tensor, graph: Graph, angular: Tensor, radial: Tensor) -> Tensor:
         A, _, M = angular.shape
@@ -149,6 +145,15 @@ class Interaction(nn.Module):
         sent = linear(z, self.weight.reshape(V * F, num_in)).reshape(-1, V, F)
         filtered = graph.swap(product(radial, sent))  # [A, K, F]
         return product(angular.mT, filtered)
+
+
+def sums_first(weight: Sequence[int], K: int, M: int) -> bool:
+    """Is it faster to sum over K neighbours before the weights [V, F, in], for tensors of M components?
+
+    Counted are the multiply-adds of an atom, three times those of small products, for their rate.
+    """
+    V, F, num_in = weight
+    return M * num_in * V * (3 * K + F) < V * num_in * F + 3 * K * F * (V + M)
 
 
 class Residual(nn.Module):

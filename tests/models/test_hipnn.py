@@ -122,7 +122,7 @@ def test_both_orders_of_summation_agree(monkeypatch, reach):
     ]
     results = []
     for first in (True, False):
-        monkeypatch.setattr(hipnn.Interaction, "_sums_first", lambda *_, first=first: first)
+        monkeypatch.setattr(hipnn, "sums_first", lambda *_, first=first: first)
         potential = meaningful(Potential(Config(**SMALL), molecules.spec(), seed=1))
         predictions = potential(batches)
         loss = sum(p.energy.square().sum() + p.forces.square().sum() for p in predictions)
@@ -133,13 +133,11 @@ def test_both_orders_of_summation_agree(monkeypatch, reach):
     assert results[0][1].abs().max() > 0.05
 
 
-def test_the_first_block_sums_first():
-    """Where the elements are few; a dense block of a triatomic and the hidden features go the other way."""
-    spec = molecules.spec(["one"])
-    blocks = Potential(Config(), spec, seed=0).net.blocks
-    first, second = (block[0].base for block in blocks)
-    angular = torch.zeros(1, 14, 9)
-    assert first._sums_first(angular) and not second._sums_first(angular) and not first._sums_first(angular[:, :3])
+def test_the_order_of_summation():
+    """Sums first: where the elements are few. Weights first: for triatomics and for hidden features."""
+    first, second = (20, 128, 4), (20, 128, 128)
+    assert hipnn.sums_first(first, K=14, M=9) and hipnn.sums_first(first, K=3, M=1)
+    assert not hipnn.sums_first(first, K=3, M=9) and not hipnn.sums_first(second, K=60, M=9)
 
 
 def test_without_tensor_scales_order_two_is_order_zero():
