@@ -66,7 +66,7 @@ def products(net: Net, A: int, K: int) -> list[Product]:
             found.append(Product("neighbours", A, M * num_in, K, V, times=9))
             found.append(Product("weights", 1, A * M, num_in * V, F, times=6))
         else:
-            # the first block's senders need no derivative on the way to the forces (`fused.product` takes one: 7, not 6)
+            # the elements need no derivative on the way to the forces (`fused.product` takes it all the same: 7, not 6)
             found.append(Product("weights", 1, A, num_in, V * F, times=2 if of_elements else 6))
             found.append(Product("filter", A, K, V, F, times=7 if of_elements else 9))
             found.append(Product("neighbours", A, M, K, F, times=9))
