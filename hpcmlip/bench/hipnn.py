@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from hpcmlip.bench import roofline
 from hpcmlip.bench.hippynn_step import Hippynn, fastest
 from hpcmlip.bench.stepping import (
     Step,
@@ -47,8 +48,11 @@ def main(args: Sequence[str]) -> int:
     trial = peer.trial(options.kernels or peer.kernels(), numbers, pos, options.trials)
     kernels = fastest(trial)
     steps = {"hippynn": peer.step(kernels, numbers, pos), "hpcmlip": _ours(peer, options, numbers, pos)}
-    seconds = take_turns({name: timer(step) for name, step in steps.items()}, options.repeats)
-    result = _summary(seconds, differences) | {
+    needed = roofline.products(steps["hpcmlip"].parts[0].net, pos.shape[0] * options.atoms, options.atoms)
+    turns = {name: timer(step) for name, step in steps.items()} | roofline.timers(needed, options.device)
+    seconds = take_turns(turns, options.repeats)
+    result = _summary({name: seconds[name] for name in steps}, differences) | {
+        "limit": roofline.account(needed, roofline.rest(steps["hpcmlip"]), seconds),
         "hippynn_kernels": kernels,
         "hippynn_kernels_milliseconds": {name: milliseconds(values) for name, values in trial.items()},
         "torch": torch.__version__,
@@ -127,6 +131,17 @@ def _show(result: dict) -> None:
         table.add_row(label, f"{median:.1f}", f"{1e3 * result['molecules'] / median:.0f}")
     console = Console()
     console.print(table)
+    limit = result["limit"]
+    table = Table(title="What the step of hpcmlip is made of", title_justify="left")
+    for column in ("part", "measured in this run", "ms"):
+        table.add_column(column, justify="right" if column == "ms" else "left")
+    for row in roofline.rows(limit):
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"the step reaches {limit['bound_fraction']:.0%} of the limit; its products alone would take "
+        f"{limit['products_fraction']:.0%} of its time"
+    )
     low, high = result["ratio_quartiles"]
     settings = " ".join(f"{k}={result[k]}" for k in ("lmax", "features", "atoms", "molecules", "threads", "device"))
     console.print(f"hpcmlip is {result['ratio']} times as fast (quartiles {low} to {high}); {settings}")

@@ -41,6 +41,16 @@ def test_radial_functions(num):
         assert_close(s[0, 1].sum().item(), expected, rtol=5e-5 if expected < 1e-2 else 1e-9, atol=0)
 
 
+def test_no_sensitivity_is_denormal():
+    mu, sigma = (x.float() for x in hipnn.initial_sensitivities(20, 0.75, 5.5))
+    dist = torch.linspace(0.3, 6.5, 500).requires_grad_()
+    s = hipnn.sensitivities(dist, mu, sigma)
+    (slope,) = torch.autograd.grad(s.sum(), dist)
+    assert s.max() > 0.9 and (s == 0).any()
+    tiny = torch.finfo(torch.float32).tiny
+    assert not any(((x != 0) & (x.abs() < tiny)).any() for x in (s, slope))
+
+
 @pytest.mark.parametrize(
     ("features", "interactions", "atom_layers", "expected"),
     [(20, 2, 3, 16286), (64, 1, 4, 43373), (128, 1, 4, 160429), (128, 2, 3, 587606), (128, 2, 4, 653654)],
@@ -100,6 +110,34 @@ def test_interaction_is_its_defining_sum():
     expected = m.sum(1) + layer.scales[0] * (m1 + 1e-6).sqrt() + layer.scales[1] * (m2 + 1e-6).sqrt() + layer.own(z)
     angular = hipnn.harmonics(graph, 2) * hipnn.cosine_cutoff(graph, 6.5)[..., None]
     assert_close(layer(z, graph, angular), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reach", [None, 6.5], ids=["dense", "list"])
+def test_both_orders_of_summation_agree(monkeypatch, reach):
+    """With ethanol stretched: some of its atoms lie beyond the cutoff of others; and for a single atom."""
+    numbers, pos = molecules.real("C2H6O1")[0]
+    batches = [
+        molecules.batch(structures, reach=reach)
+        for structures in ([(numbers, pos), (numbers, 4 * pos)], [(numbers[:1], pos[:1])])
+    ]
+    results = []
+    for first in (True, False):
+        monkeypatch.setattr(hipnn, "sums_first", lambda *_, first=first: first)
+        potential = meaningful(Potential(Config(**SMALL), molecules.spec(), seed=1))
+        predictions = potential(batches)
+        loss = sum(p.energy.square().sum() + p.forces.square().sum() for p in predictions)
+        gradients = torch.autograd.grad(loss, list(potential.parameters()))
+        results.append([x for p in predictions for x in (p.energy, p.forces)] + list(gradients))
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, rtol=1e-11, atol=1e-11 * max(1.0, a.abs().max().item()))
+    assert results[0][1].abs().max() > 0.05
+
+
+def test_the_order_of_summation():
+    """Sums first: where the elements are few. Weights first: for triatomics and for hidden features."""
+    first, second = (20, 128, 4), (20, 128, 128)
+    assert hipnn.sums_first(first, K=14, M=9) and hipnn.sums_first(first, K=3, M=1)
+    assert not hipnn.sums_first(first, K=3, M=9) and not hipnn.sums_first(second, K=60, M=9)
 
 
 def test_without_tensor_scales_order_two_is_order_zero():
