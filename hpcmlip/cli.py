@@ -293,10 +293,14 @@ def predict(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def bench(ctx: typer.Context, name: Annotated[str, typer.Argument(help="A file in hpcmlip/bench/.")]):
+def bench(ctx: typer.Context, name: Annotated[str, typer.Argument(help="A file in hpcmlip/bench/.")] = "--help"):
     """The benchmarks behind the speed claims, peers in the same run. `hpcmlip bench NAME --help`."""
     from hpcmlip import plugins
 
+    if name in ("--help", "-h"):
+        for known in plugins.names("bench"):
+            typer.echo(f"{known:10} {plugins.find('bench', known).COMPONENT}")
+        return
     sys.exit(plugins.find("bench", name).main(ctx.args))
 
 

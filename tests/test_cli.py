@@ -6,6 +6,7 @@ import sys
 import pytest
 import typer
 
+from hpcmlip import plugins
 from hpcmlip.cli import app
 
 SURFACE = {
@@ -61,6 +62,13 @@ def surface() -> dict[str, list[str]]:
 
 def test_commands_and_options_are_these():
     assert surface() == SURFACE
+
+
+@pytest.mark.parametrize("arguments", [("bench",), ("bench", "--help")])
+def test_the_benchmarks_are_listed(cli, arguments):
+    text = cli(*arguments).stdout
+    for name in plugins.names("bench"):
+        assert f"{name} " in text and plugins.find("bench", name).COMPONENT in text
 
 
 @pytest.mark.parametrize("command", ["", *[name for name in SURFACE if name != "bench"]])
