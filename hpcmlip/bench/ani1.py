@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from hpcmlip import configs
-from hpcmlip.bench import ani1_like
+from hpcmlip.bench import ani1_like, loader
 from hpcmlip.bench.sharding import Sharded, shard, show
 from hpcmlip.data.store import MANIFEST, open_store
 from hpcmlip.units import HARTREE
 
 COMPONENT = "sharding of 22 million conformations in ANI-1's layout: time, memory, size"
 CONFIG = "data/ani1.yaml"
+LEVEL, LOADER_SECONDS = "dz", 30.0
 MODELLED = (1, 2, 4, 8, 16, 64)
 PASSES = 2
 """Times that each row of a raw file is read."""
@@ -47,7 +48,17 @@ def main(args: list[str]) -> int:
             run = shard(configs.path(CONFIG), store, overrides, workers, watch=True)
             rows.append(_row(run, workers, raw, store))
         different = _differences(store, raw)
-    result = {"benchmark": "shard in ANI-1's layout", "cores": len(os.sched_getaffinity(0)), "rows": rows}
+        read = loader.turn(store, {LEVEL: "E"}, LOADER_SECONDS)
+    result = {
+        "benchmark": "shard in ANI-1's layout",
+        "cores": len(os.sched_getaffinity(0)),
+        "rows": rows,
+        "loader": read,
+    }
+    rate = read["structures"] / read["seconds"]
+    print(
+        f"loader over this store, one core, empty cache: {rate:,.0f} structures/s, {read['megabytes']:,} MB of memory"
+    )
     if len(rows) > 1:
         result["model"] = _model(rows)
         _show_model(result["model"])

@@ -1,16 +1,18 @@
 """Shuffled epochs of a store on one core: structures/s out of collate, with energies alone and with forces; memory.
 
-The loader is the one that trains, thread and all, but nothing is trained. With --mace, MACE's loader takes turns with
-it on the same molecules. Checked first: no structure comes twice, and the steps are the same for 1, 2 and 4 ranks.
+The loader is the one that trains, thread and all, but nothing is trained. A turn is a process of its own that begins
+with an empty cache. With --mace, MACE's loader takes turns with it on the same molecules. Checked first: no structure
+comes twice, and the steps are the same for 1, 2 and 4 ranks.
 """
 
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,17 +53,15 @@ def main(args: Sequence[str]) -> int:
         if not _order_is_right(store, levels):
             print("an epoch does not hold each structure once, or depends on the number of ranks")
             return 1
-        core = min(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {core})
         cases = {"energies": {next(iter(levels)): "E"}, " ".join(options.levels): levels}
-        ours = {name: _Ours(store, wanted) for name, wanted in cases.items()}
-        rates, mace = _take_turns(ours, options, Path(folder), core)
-    rows = [_row(f"hpcmlip, {name}", rates[name], loader.megabytes) for name, loader in ours.items()]
-    result = {"benchmark": "loader, one core", "structures": ours["energies"].structures, "rates": rates}
+        rates, megabytes, mace = _take_turns(store, cases, options, Path(folder))
+        structures = Dataset.open([store], levels).count("train")
+    rows = [_row(f"hpcmlip, {name}", rates[name], megabytes[name]) for name in cases]
+    result = {"benchmark": "loader, one core", "structures": structures, "rates": rates}
     if mace:
         rows.append(_row(f"mace-torch {mace}", rates["mace"], None))
         slow = [1 / rate for rate in rates["mace"]]
-        result["ratio_to_mace"] = {name: ratio(slow, [1 / rate for rate in rates[name]]) for name in ours}
+        result["ratio_to_mace"] = {name: ratio(slow, [1 / rate for rate in rates[name]]) for name in cases}
     _show(result | {"rows": rows})
     return 0
 
@@ -92,61 +92,55 @@ def _store(raw: Path, folder: Path) -> Path:
     return store
 
 
-def _take_turns(ours: dict[str, "_Ours"], options, folder: Path, core: int) -> tuple[dict[str, list[float]], str]:
-    """Rates of each turn, and the version of MACE if it takes part."""
-    rates: dict[str, list[float]] = {name: [] for name in ours}
+def _take_turns(store: Path, cases: dict[str, dict[str, str]], options, folder: Path) -> tuple[dict, dict, str]:
+    """(rates of each turn, largest memory in MB, version of MACE if it takes part)."""
+    rates: dict[str, list[float]] = {name: [] for name in cases}
+    megabytes = dict.fromkeys(cases, 0)
     mace = None
     if options.mace:
         mace_data.write_extxyz(options.data, folder / "mace.xyz", LEVEL, EVERY)
         mace_data.prepare(options.mace, folder / "mace.xyz", folder / "mace", CUTOFF, 2)
-        mace = mace_data.Loader(options.mace, folder / "mace", CUTOFF, MACE_BATCH, core)
+        mace = mace_data.Loader(options.mace, folder / "mace", CUTOFF, MACE_BATCH, min(os.sched_getaffinity(0)))
         rates["mace"] = []
     for _ in range(options.repeats):
-        for name, loader in ours.items():
-            rates[name].append(loader.rate(options.seconds))
+        for name, levels in cases.items():
+            found = turn(store, levels, options.seconds)
+            rates[name].append(found["structures"] / found["seconds"])
+            megabytes[name] = max(megabytes[name], found["megabytes"])
         if mace:
             rates["mace"].append(mace.rate(options.seconds))
-    for loader in ours.values():
-        loader.close()
     if mace:
         mace.close()
-    return rates, mace.version if mace else ""
+    return rates, megabytes, mace.version if mace else ""
 
 
-class _Ours:
-    """Epoch after epoch for a process that owns all streams. Nothing is kept of an epoch for the next, as in a store
-    that is larger than the cache."""
-
-    def __init__(self, store: Path, levels: dict[str, str]):
-        before = psutil.Process().memory_info().rss
-        self._loader = _loader(store, levels, range(STREAMS), cache_mb=0)
-        self._blocks = self._epochs()
-        next(self._blocks)
-        self.structures = Dataset.open([store], levels).count("train")
-        self._before = before
-        self.megabytes = 0
-
-    def rate(self, seconds: float) -> float:
-        """Structures a second in the next so many seconds."""
-        begin, count = time.perf_counter(), 0
-        while time.perf_counter() - begin < seconds:
-            count += next(self._blocks)
-        self.megabytes = max(self.megabytes, round((psutil.Process().memory_info().rss - self._before) / 1e6))
-        return count / (time.perf_counter() - begin)
-
-    def close(self) -> None:
-        """Stop preparing."""
-        self._loader.close()
-
-    def _epochs(self) -> Iterator[int]:
-        """Structures of each step."""
-        for epoch in itertools.count():
-            for step in self._loader.batches(epoch):
-                yield sum(block.num_structures for blocks in step for block in blocks)
+def turn(store: Path, levels: dict[str, str], seconds: float) -> dict:
+    """{"structures", "seconds", "megabytes"} of cold epochs on one core, at most so long, by a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_turn, (store, levels, seconds))
 
 
-def _loader(store: Path, levels: dict[str, str], streams: Sequence[int], cache_mb: int) -> TrainLoader:
-    section = DataSection(stores=(store,), levels=levels, cache_mb=cache_mb)
+def _turn(store: Path, levels: dict[str, str], seconds: float) -> dict:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    _loader(store, levels, range(STREAMS)).close()  # imports
+    before = psutil.Process().memory_info().rss
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        loader = _loader(store, levels, range(STREAMS))
+        for step in loader.batches(0):
+            count += sum(block.num_structures for blocks in step for block in blocks)
+            if time.perf_counter() - begin > seconds:
+                break
+        elapsed = time.perf_counter() - begin
+        loader.close()
+    # of the last loader, which still holds what it held
+    grown = round((psutil.Process().memory_info().rss - before) / 1e6)
+    return {"structures": count, "seconds": elapsed, "megabytes": grown}
+
+
+def _loader(store: Path, levels: dict[str, str], streams: Sequence[int]) -> TrainLoader:
+    section = DataSection(stores=(store,), levels=levels)
     dataset = Dataset.open([store], levels)
     return TrainLoader(dataset, section, streams=streams, num_streams=STREAMS, seed=0, cutoff=CUTOFF)
 
@@ -155,7 +149,7 @@ def _order_is_right(store: Path, levels: dict[str, str]) -> bool:
     """Are the structures of the first steps the same for all numbers of ranks, and none there twice?"""
     seen = []
     for ranks in (1, 2, 4):
-        loaders = [_loader(store, levels, range(rank, STREAMS, ranks), cache_mb=0) for rank in range(ranks)]
+        loaders = [_loader(store, levels, range(rank, STREAMS, ranks)) for rank in range(ranks)]
         steps = zip(*(itertools.islice(loader.batches(0), CHECKED_STEPS) for loader in loaders), strict=True)
         seen.append([_sources([blocks for part in step for blocks in part]) for step in steps])
         for loader in loaders:

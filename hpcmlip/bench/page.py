@@ -86,8 +86,8 @@ SECTIONS = (
     Section(
         "loader",
         "Loader",
-        "One core, nothing kept from one epoch for the next (as in a store larger than the cache). MACE's loader makes "
-        "its neighbour lists at this point; ours computes all pairs of small molecules in the network.",
+        "One core, every turn from an empty cache. MACE's loader makes its neighbour lists at this point; ours takes "
+        "all pairs of small molecules, in the network.",
         ("loader", "--data", "DATA", "--mace", "MACE"),
     ),
     Section(

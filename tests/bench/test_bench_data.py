@@ -85,8 +85,8 @@ def test_an_order_that_depends_on_ranks_is_seen(ab_initio_store, monkeypatch):
     assert loader._order_is_right(ab_initio_store, {name: "E"})
     made = loader._loader
 
-    def depends(store, levels, streams, cache_mb):
-        found = made(store, levels, streams, cache_mb)
+    def depends(store, levels, streams):
+        found = made(store, levels, streams)
         found._seed = len(streams)
         return found
 
