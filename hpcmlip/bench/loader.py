@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +117,8 @@ def _take_turns(store: Path, cases: dict[str, dict[str, str]], options, folder: 
 
 def turn(store: Path, levels: dict[str, str], seconds: float) -> dict:
     """{"structures", "seconds", "megabytes"} of cold epochs on one core, at most so long, by a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_turn, (store, levels, seconds))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_turn, store, levels, seconds).result()
 
 
 def _turn(store: Path, levels: dict[str, str], seconds: float) -> dict:
