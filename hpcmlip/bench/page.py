@@ -155,7 +155,9 @@ def _run(section: Section, options) -> dict:
     print(done.stdout, flush=True)
     if done.returncode:
         raise RunError(f"{section.name} failed with exit code {done.returncode}")
-    *text, last = done.stdout.rstrip().splitlines()
+    # where the files lie here is nobody else's business
+    printed = done.stdout.replace(str(options.data), options.data.name).replace(str(options.mace), "PYTHON")
+    *text, last = printed.rstrip().splitlines()
     return {
         "command": _shown(section),
         "output": "\n".join(line.rstrip() for line in text),
