@@ -71,7 +71,7 @@ def main(args: list[str]) -> int:
 def _raw_files(folder: Path, fraction: float) -> list[Path]:
     """The eight files, written unless they are there."""
     if not folder.is_dir():
-        partial = folder.with_suffix(".partial")
+        partial = folder.with_name(f"{folder.name}.partial")
         ani1_like.write(partial, fraction=fraction, processes=len(os.sched_getaffinity(0)))
         partial.rename(folder)
     return sorted(folder.glob("*.h5"))

@@ -4,7 +4,6 @@ Prints a line of JSON: seconds of the phases, the modules that were loaded, and 
 store (PEP 578 announces what is opened and listed; `os.stat` is counted by a wrapper).
 """
 
-import functools
 import json
 import os
 import signal
@@ -14,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+
+from hpcmlip.bench.calls import timed
 
 OPENED, LISTED, LOOKED_AT = "opened", "listed", "looked at"
 _EVENTS = {"open": OPENED, "os.listdir": LISTED, "os.scandir": LISTED}
@@ -49,17 +50,11 @@ class Watch:
 
     def time(self, owner, name: str, phase: str) -> None:
         """Add the time of the calls of a function to a phase."""
-        original = getattr(owner, name)
 
-        @functools.wraps(original)
-        def timed(*args, **kwargs):
-            begin = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.seconds[phase] += time.perf_counter() - begin
+        def add(seconds: float) -> None:
+            self.seconds[phase] += seconds
 
-        setattr(owner, name, timed)
+        timed(owner, name, add)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ asked by lines on its standard input and answers with lines of JSON.
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hpcmlip import dist
+from hpcmlip.bench.calls import timed
 from hpcmlip.config import RunConfig, load
 from hpcmlip.data import plan
 from hpcmlip.models.potential import Potential
@@ -120,17 +120,11 @@ class Turns:
 
     def _watch(self, owner, method: str, part: str) -> None:
         """Add the time of every call of a method to that of a part."""
-        original = getattr(owner, method)
 
-        @functools.wraps(original)
-        def timed(*args, **kwargs):
-            begin = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - begin
+        def add(seconds: float) -> None:
+            self._seconds[part] = self._seconds.get(part, 0.0) + seconds
 
-        setattr(owner, method, timed)
+        timed(owner, method, add)
 
     def _is_asked(self) -> bool:
         """Rank 0 waits for a line, the others for rank 0. False at the end."""
