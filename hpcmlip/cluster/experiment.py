@@ -34,6 +34,8 @@ from hpcmlip.training.rundir import differing, finished, fixed, pruned
 SCHEMA = 2
 RECORD = "experiment.json"
 SWEEP = "sweep.yaml"
+_BEGUN = ".experiment.begun"
+"""Until the record is there: who is killed before has begun an experiment, which the next call may finish."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ def previous(folder: Path) -> Experiment | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / RECORD).is_file():
+        if (folder / _BEGUN).is_file():
+            return None
         what = "a single run" if (folder / "config.yaml").exists() else "something else"
         raise ConfigError(f"{folder} holds {what}, no experiment; name another folder with --run-dir")
     return open_experiment(folder)
@@ -209,20 +213,31 @@ def check_goes_on(before: Experiment, now: Experiment) -> None:
             )
 
 
-def write(experiment: Experiment, site_text: str) -> None:
-    """Make the directory: configs first, the record last. What is there already stays as it is where it is the same."""
-    for folder in (experiment.folder / "slurm", experiment.folder / "configs"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make {folder} ({error.strerror}); give another --run-dir") from None
+def write(experiment: Experiment, site_text: str, sweep_text: str | None = None) -> None:
+    """Make the directory: configs first, the record last. What is there already stays as it is where it is the same.
+
+    Of a killed call nothing is left, or what `previous` takes for nothing. Raises ConfigError if no directory can be
+    made.
+    """
+    record, begun = experiment.folder / RECORD, experiment.folder / _BEGUN
+    try:
+        experiment.folder.mkdir(parents=True, exist_ok=True)
+        if not record.exists():
+            begun.touch()
+        for name in ("slurm", "configs"):
+            (experiment.folder / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make {error.filename} ({error.strerror}); give another --run-dir") from None
     write_atomic(experiment.folder / "run.yaml", dump(experiment.config, defaults=False))
     write_atomic(experiment.site_file, site_text)
+    if sweep_text is not None:
+        write_atomic(experiment.folder / SWEEP, sweep_text)
     for member in range(len(experiment.members)):
         # a member that fails before its first line of log is still seen, and named, by the evaluation
         experiment.run_dir(member).mkdir(exist_ok=True)
         write_atomic(experiment.config_file(member), dump(experiment.member_config(member)))
-    write_atomic(experiment.folder / RECORD, json.dumps(_record(experiment), indent=2) + "\n")
+    write_atomic(record, json.dumps(_record(experiment), indent=2) + "\n")
+    begun.unlink(missing_ok=True)
 
 
 def now() -> str:

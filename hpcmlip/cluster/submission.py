@@ -95,9 +95,7 @@ def submit(
     site = _check(replace(experiment, members=looked_at) if growth else experiment, how)
     if how.needs_slurm:
         _check_queue(experiment)
-    experiments.write(experiment, site.text)
-    if sweep_file is not None:
-        write_atomic(experiment.folder / experiments.SWEEP, sweep_file.read_text(encoding="utf-8"))
+    experiments.write(experiment, site.text, sweep_file.read_text(encoding="utf-8") if sweep_file else None)
     if growth:
         experiment = trials.advance(experiment.folder, 0)
     return _start(experiment, site, plan_of(experiment, NOTHING), how)

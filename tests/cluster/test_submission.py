@@ -1,8 +1,13 @@
 """`hpcmlip submit` up to the queue: what it writes, what it refuses before that, and what it would submit."""
 
+import itertools
 import json
 import os
+import signal
 import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +94,54 @@ def test_a_folder_that_holds_something_else_is_refused(config, tmp_path):
         _submit(config, tmp_path / "run")
     with pytest.raises(ConfigError, match="holds something else"):
         _submit(config, tmp_path)
+
+
+def test_a_submission_killed_at_any_moment_can_be_given_again(config, tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        "{optuna: {trials: 2, sampler: {kind: TPESampler, seed: 1}, optim.lr: {choice: [1, 2]}}}"
+    )
+    _submit(config, tmp_path / "undisturbed", members=None, sweep_file=tmp_path / "s.yaml")
+    wanted = experiments.open_experiment(tmp_path / "undisturbed")
+    sweep_text = (wanted.folder / experiments.SWEEP).read_text()
+    moment, killed = 0, True
+    while killed:
+        experiment = replace(wanted, folder=tmp_path / f"killed {moment}")
+        killed = _killed_at(moment, lambda: experiments.write(experiment, "", sweep_text))  # noqa: B023
+        assert experiments.previous(experiment.folder) in (None, experiment)
+        if killed:
+            experiments.write(experiment, "", sweep_text)
+        assert experiments.previous(experiment.folder) == experiment
+        assert _names(experiment.folder) == _names(wanted.folder) - {
+            "study.journal",
+            "study.lock",
+            "slurm/train.sbatch",
+        }
+        moment += 1
+    assert moment > 20
+
+
+def _killed_at(moment: int, call: Callable[[], object]) -> bool:
+    """Whether a process that calls it is killed, before it opens, makes, renames or removes this (from 0) file."""
+    child = os.fork()
+    if child == 0:
+        left = itertools.count(moment, -1)
+
+        def hook(event: str, _: tuple) -> None:
+            if event in ("open", "os.mkdir", "os.rename", "os.remove") and next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            call()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def _names(folder: Path) -> set[str]:
+    """Files and folders, without what a killed process was about to write."""
+    found = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return {name for name in found if not name.endswith(".tmp")}
 
 
 @pytest.mark.parametrize(
