@@ -177,6 +177,8 @@ class EngineSection(Section):
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    """Compile what training takes of molecules: minutes at the first step, from then on most models are faster."""
     timeout_minutes: Positive = 30.0
     """A collective that waits longer than this ends the run."""
 
@@ -242,6 +244,11 @@ class ModelSection(Section):
         """What potentials of these settings do not satisfy by design -> why; for keys see `MODEL_LIMITS`."""
         return {}
 
+    @property
+    def not_compiled(self) -> str:
+        """Why energies and forces of these settings cannot be compiled; empty if they can."""
+        return MODEL_LIMITS["conservative"] if "conservative" in self.limits else ""
+
 
 class RunConfig(Section):
     """RUN.yaml: one training run."""
@@ -281,6 +288,10 @@ class RunConfig(Section):
             raise ValueError("every weight in loss.weights is 0: nothing would be trained")
         if self.optim.schedule.min_lr >= self.optim.lr:
             raise ValueError(f"optim.schedule.min_lr is {self.optim.schedule.min_lr:g}, not below optim.lr")
+        if self.engine.compile and self.model.not_compiled:
+            raise ValueError(
+                f"engine.compile is true, but model '{self.model.kind}' cannot be compiled: {self.model.not_compiled}"
+            )
         if (self.optim.schedule.start_lr or 0.0) > self.optim.lr:
             raise ValueError(f"optim.schedule.start_lr is {self.optim.schedule.start_lr:g}, above optim.lr")
         return self

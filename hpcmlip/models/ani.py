@@ -15,13 +15,12 @@ from typing import Literal
 import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from hpcmlip import plugins
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import Count, ModelSection, Positive
 from hpcmlip.graph import Graph
-from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, cosine_cutoff, energy_head
+from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, cosine_cutoff, energy_head, one_hot
 from hpcmlip.units import ATOMIC_NUMBERS, SYMBOLS
 
 COMPONENT = "ANI: atomic environment vectors and a network for each element"
@@ -69,6 +68,12 @@ class Config(ModelSection):
                     f"hidden_of.{symbol} has {len(widths)} layers, hidden has {len(self.hidden)}: set both"
                 )
         return self
+
+    @property
+    def not_compiled(self) -> str:
+        return (
+            "how many pairs of neighbours an atom has, and how many atoms an element, is not known before the positions"
+        )
 
 
 class Net(nn.Module):
@@ -122,7 +127,7 @@ class Environment(nn.Module):
         shifts = _shifts(graph, c.inner, c.cutoff, c.radial_shifts)
         terms = torch.exp(-c.radial_eta * (graph.dist[..., None] - shifts).square())
         terms = terms * (0.25 * cosine_cutoff(graph, c.cutoff))[..., None]
-        return graph.contract(one_hot(neighbours, self._num_elements).to(terms.dtype), terms).flatten(1)
+        return graph.contract(one_hot(neighbours, self._num_elements, terms.dtype), terms).flatten(1)
 
     def _angular(self, neighbours: Tensor, graph: Graph) -> Tensor:
         c = self._config
@@ -140,7 +145,7 @@ class Environment(nn.Module):
         terms = (radial[:, :, None] * angular[:, None]).flatten(1, 2)  # [A, F, P]
         # unordered pairs of elements s <= t, in the order of the upper triangle
         s, t = torch.minimum(*near.elements), torch.maximum(*near.elements)
-        of_pair = one_hot(s * (2 * E - 1 - s) // 2 + t, self._num_pairs).to(dtype)
+        of_pair = one_hot(s * (2 * E - 1 - s) // 2 + t, self._num_pairs, dtype)
         return torch.bmm(terms, of_pair).transpose(1, 2).flatten(1)
 
 

@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, pad, silu
+from torch.nn.functional import pad, silu
 
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import Count, ModelSection, Positive
 from hpcmlip.graph import Graph
-from hpcmlip.models.layers import EnergyReadout, mlp
+from hpcmlip.models.layers import EnergyReadout, mlp, one_hot
 from hpcmlip.models.long_range import GRIDS, LongRange, switch
 
 COMPONENT = "DeepPot-SE: embedded environment matrices, optionally with a far field on a grid"
@@ -61,6 +61,10 @@ class Config(ModelSection):
             limits["smooth_cutoff"] = "an atom at the cutoff jumps from the local environment into a cell"
         return limits
 
+    @property
+    def not_compiled(self) -> str:
+        return "which nodes of the far field are occupied is not known before the positions" if self.long_range else ""
+
     @model_validator(mode="after")
     def _check(self):
         if self.switch_width >= self.cutoff:
@@ -98,7 +102,7 @@ class Net(nn.Module):
 
     def forward(self, species: Tensor, graph: Graph) -> Tensor:
         """[A] element indices -> [A, T = 2, L] eV."""
-        z = one_hot(species, self.num_elements).to(graph.dist.dtype)
+        z = one_hot(species, self.num_elements, graph.dist.dtype)
         radial, rows = self.environment(graph)
         x = self.local(z, graph.lift(self.local.other(z)), radial, rows)
         if self.grid is not None:

@@ -18,12 +18,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import linear
 
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import Count, ModelSection, Positive
 from hpcmlip.graph import Graph
-from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, cosine_cutoff, energy_head, polynomial_cutoff
+from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, cosine_cutoff, energy_head, one_hot, polynomial_cutoff
 
 COMPONENT = "EGNN: invariant messages with random Fourier features of the distance, optional moving coordinates"
 
@@ -98,20 +98,20 @@ class Net(nn.Module):
 
     def forward(self, species: Tensor, graph: Graph) -> Tensor:
         """[A] element indices -> [A, T = 2, L] eV."""
-        h = self.embed(self._inputs(species).to(graph.dist.dtype))
+        h = self.embed(self._inputs(species, graph.dist.dtype))
         envelope = ENVELOPES[self.config.envelope](graph, self.config.cutoff)
         vec, dist = graph.vec[:, :, None], graph.dist[:, :, None]  # [A, K, C, 3] Å, [A, K, C] Å
         for layer in self.layers:
             h, vec, dist = layer(h, vec, dist, envelope, graph)
         return torch.stack([self.offset(species), self._learnt(h, graph)], dim=1) * HEAD_UNIT
 
-    def _inputs(self, species: Tensor) -> Tensor:
+    def _inputs(self, species: Tensor, dtype: torch.dtype) -> Tensor:
         """[A] -> [A, C, inputs]: one-hot of the element and, as copies, of each level."""
-        elements = one_hot(species, self.num_elements)[:, None]
+        elements = one_hot(species, self.num_elements, dtype)[:, None]
         if not self.num_flags:
             return elements
-        flags = torch.eye(self.num_flags, dtype=elements.dtype, device=elements.device)
-        return torch.cat([elements.expand(-1, self.num_flags, -1), flags.expand(len(species), -1, -1)], dim=2)
+        flags = torch.eye(self.num_flags, dtype=dtype, device=elements.device)
+        return torch.cat([elements.expand(-1, self.num_flags, -1), flags.expand(species.shape[0], -1, -1)], dim=2)
 
     def _learnt(self, h: Tensor, graph: Graph) -> Tensor:
         """[A, C, F] -> [A, L] in `HEAD_UNIT`: of copies one value each, of a single copy all heads."""

@@ -5,8 +5,10 @@ passes over memory and with results laid out the wrong way round for the next op
 What comes out can be differentiated twice, not three times.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,15 +16,27 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+_recorded = contextvars.ContextVar("recorded", default=False)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Within, these are torch's own operations: for a graph from which derivatives are taken later."""
+    token = _recorded.set(True)
+    try:
+        yield
+    finally:
+        _recorded.reset(token)
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """[n, I, J], [n, J, K] -> [n, I, K]: torch.bmm, every derivative laid out as what it belongs to."""
-    return _Product.apply(a, b)
+    return torch.bmm(a, b) if _recorded.get() else _Product.apply(a, b)
 
 
 def smooth_relu(x: Tensor) -> Tensor:
     """log(1 + exp(x)) of every element: torch's softplus."""
-    if not x.requires_grad:
+    if _recorded.get() or not x.requires_grad:
         return softplus(x)
     slope = torch.sigmoid(x.detach())
     return _Pointwise.apply(x, softplus(x.detach()), slope, slope - slope * slope)
@@ -30,6 +44,9 @@ def smooth_relu(x: Tensor) -> Tensor:
 
 def gaussian(u: Tensor, smallest: float) -> Tensor:
     """exp(-u²/2) of every element; where that is below `smallest` it is 0, with all derivatives."""
+    if _recorded.get():
+        exponent, lowest = -0.5 * u * u, math.log(smallest)
+        return torch.where(exponent > lowest, exponent.clamp(min=lowest).exp(), 0.0)
     v = u.detach()
     value = torch.threshold(torch.exp((-0.5 * v * v).clamp_min_(math.log(smallest))), 1.001 * smallest, 0.0)
     slope = -v * value
@@ -38,6 +55,9 @@ def gaussian(u: Tensor, smallest: float) -> Tensor:
 
 def norms(moments: Tensor, cusp: float) -> tuple[Tensor, ...]:
     """[A, (lmax + 1)^2, F] -> lmax + 1 tensors [A, F]: the scalars, then sqrt(sum_m M_lm² + cusp) of order 1, 2, ..."""
+    if _recorded.get():
+        scalars, *others = _orders(moments)
+        return scalars[:, 0], *((part.square().sum(dim=1) + cusp).sqrt() for part in others)
     return _Norms.apply(moments, cusp)
 
 

@@ -13,13 +13,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import linear
 
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import Count, ModelSection, Positive
 from hpcmlip.graph import Graph
 from hpcmlip.models.fused import gaussian, norms, product, smooth_relu
-from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, cosine_cutoff, energy_head
+from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, cosine_cutoff, energy_head, one_hot
 
 NEGLIGIBLE = 1e-20
 """Smaller sensitivities are 0. The tails of the Gaussians, and what is multiplied by them, would be denormal float32
@@ -84,7 +84,7 @@ class Net(nn.Module):
 
     def forward(self, species: Tensor, graph: Graph) -> Tensor:
         """[A] element indices -> [A, T, L] eV, T = 1 + number of blocks."""
-        z = one_hot(species, self.num_elements).to(graph.dist.dtype)
+        z = one_hot(species, self.num_elements, graph.dist.dtype)
         angular = harmonics(graph, self.lmax) * cosine_cutoff(graph, self.cutoff)[..., None]
         terms = [self.offset(species)]
         for (interaction, *atom_layers), head in zip(self.blocks, self.heads, strict=True):

@@ -19,12 +19,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, silu
+from torch.nn.functional import silu
 
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import Count, ModelSection, Positive
 from hpcmlip.graph import Graph
-from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, polynomial_cutoff
+from hpcmlip.models.layers import HEAD_UNIT, AtomicOffset, one_hot, polynomial_cutoff
 
 COMPONENT = "JAT: sparse GATv2 attention with distances in the logits"
 
@@ -77,7 +77,7 @@ class Net(nn.Module):
 
     def forward(self, species: Tensor, graph: Graph) -> Tensor:
         """[A] element indices -> [A, T = 2, L] eV."""
-        h = self.embed(one_hot(species, self.num_elements).to(graph.dist.dtype))[:, None]
+        h = self.embed(one_hot(species, self.num_elements, graph.dist.dtype))[:, None]
         envelope = polynomial_cutoff(graph, self.config.cutoff) if self.config.smooth else graph.mask.to(h.dtype)
         edges, own_edge = self._edge_features(graph.dist), self._edge_features(graph.dist.new_zeros(()))
         for layer in self.layers:
@@ -107,7 +107,7 @@ class Layer(nn.Module):
         received, sent = self.receiver(h.flatten(1)), self.sender(h.flatten(1))  # [A, HD]
         lifted = graph.lift(sent)  # [A, K, HD]
         own, weight = attention(
-            self.logits(received + sent, own_edge.expand(len(h), -1)),
+            self.logits(received + sent, own_edge.expand(h.shape[0], -1)),
             self.logits(received[:, None] + lifted, edges),
             envelope,
         )

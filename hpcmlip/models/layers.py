@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import linear
 
 from hpcmlip.batch import DataSpec
 from hpcmlip.graph import Graph
@@ -59,6 +59,12 @@ def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module], *, norm: bool
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], dtype=torch.float32))
 
 
+def one_hot(index: Tensor, num: int, dtype: torch.dtype) -> Tensor:
+    """[...] -> [..., num] of 0 and 1. Unlike torch's own it does not look at the indices first, for which a GPU would
+    have to be waited for."""
+    return (index[..., None] == torch.arange(num, device=index.device)).to(dtype)
+
+
 def energy_head(features: int, num_levels: int) -> nn.Linear:
     """[A, F] -> [A, L] in `HEAD_UNIT`, damped; each level has its own row."""
     head = nn.Linear(features, num_levels, dtype=torch.float32)
@@ -76,7 +82,7 @@ class AtomicOffset(nn.Module):
 
     def forward(self, species: Tensor) -> Tensor:
         """[A] -> [A, L] in `HEAD_UNIT`."""
-        return linear(one_hot(species, self.e0.shape[1]).to(self.e0.dtype), self.e0)
+        return linear(one_hot(species, self.e0.shape[1], self.e0.dtype), self.e0)
 
 
 class EnergyReadout(nn.Module):

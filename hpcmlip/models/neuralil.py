@@ -21,12 +21,11 @@ from pydantic import Field
 from scipy.optimize import brentq
 from scipy.special import spherical_jn
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import Count, ModelSection, Positive
 from hpcmlip.graph import Graph
-from hpcmlip.models.layers import EnergyReadout
+from hpcmlip.models.layers import EnergyReadout, one_hot
 
 COMPONENT = "NeuralIL: spherical Bessel power spectrum and a dense network"
 
@@ -84,17 +83,17 @@ class PowerSpectrum(nn.Module):
         # float64 as long as nobody casts them: at the cutoff, value and slope vanish to rounding
         series = torch.from_numpy(radial_series(config.n_max, config.cutoff))
         self.register_buffer("radial", series[:, rows], persistent=False)  # [terms, C]
-        self.register_buffer(
-            "angular", one_hot(harmonics).double().T.contiguous(), persistent=False
-        )  # [(lmax + 1)², C]
-        self.register_buffer("over_m", one_hot(rows).double(), persistent=False)  # [C, R]
+        num_harmonics = int(harmonics.max()) + 1  # (lmax + 1)²
+        angular = one_hot(harmonics, num_harmonics, torch.float64).T.contiguous()
+        self.register_buffer("angular", angular, persistent=False)  # [(lmax + 1)², C]
+        self.register_buffer("over_m", one_hot(rows, len(orders), torch.float64), persistent=False)  # [C, R]
 
     def forward(self, species: Tensor, graph: Graph) -> Tensor:
         """[A] element indices -> [A, D]: pairs of elements a <= b, for each the R invariants."""
         E, dtype = self._num_elements, graph.dist.dtype
         radial = cosines(graph.dist, self._cutoff, len(self.radial)) @ self.radial.to(dtype)
         angular = spherical_harmonics(graph.vec / graph.dist[..., None], self._lmax) @ self.angular.to(dtype)
-        element = one_hot(graph.lift(species), E).to(dtype) * graph.mask[..., None]
+        element = one_hot(graph.lift(species), E, dtype) * graph.mask[..., None]
         moments = graph.contract(element, radial * angular)  # [A, E, C]
         products = (moments[:, :, None] * moments[:, None]) @ self.over_m.to(dtype)  # [A, E, E, R]
         first, second = torch.triu_indices(E, E, device=species.device)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from hpcmlip import plugins
 from hpcmlip.batch import AtomsBatch, DataSpec, Prediction
 from hpcmlip.config import ModelSection
-from hpcmlip.errors import DataError
+from hpcmlip.errors import ConfigError, DataError
+from hpcmlip.models.compiled import Compiled
 
 
 class Potential(nn.Module):
@@ -34,6 +35,17 @@ class Potential(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.net = net_cls(config, spec)
+        self._compiled: Compiled | None = None
+
+    def compile_forces(self) -> None:
+        """From now on, compile what training takes of molecules: energies and forces with their derivatives.
+
+        The first step in training mode takes minutes. Raises ConfigError there if it does not work, and here for
+        settings of which that is known.
+        """
+        if self.config.not_compiled:
+            raise ConfigError(f"model '{self.config.kind}' cannot be compiled: {self.config.not_compiled}")
+        self._compiled = Compiled(self.net, self.config.cutoff, len(self.spec.elements))
 
     @property
     def is_conservative(self) -> bool:
@@ -64,10 +76,29 @@ class Potential(nn.Module):
             return [_plain(self._evaluate(_Leaves(block, block.pos))) for block in blocks]
         if not self.is_conservative:
             return [_direct(self._evaluate(_Leaves(block, block.pos)), levels, differentiable) for block in blocks]
+        wanted = [level for level in levels if not (self.training and _unlabelled(self.spec, blocks, level))]
+        if not (differentiable and wanted and self._compiled):
+            return self._derive(blocks, levels, wanted, stress, differentiable)
+        molecules = [Compiled.takes(block.topology) for block in blocks]
+        rest = [block for block, is_molecules in zip(blocks, molecules, strict=True) if not is_molecules]
+        derived = iter(self._derive(rest, levels, wanted, stress, differentiable) if rest else ())
+        return [
+            self._derive_compiled(block, levels, wanted) if is_molecules else next(derived)
+            for block, is_molecules in zip(blocks, molecules, strict=True)
+        ]
+
+    def _derive(
+        self,
+        blocks: Sequence[AtomsBatch],
+        levels: Sequence[int],
+        wanted: Sequence[int],
+        stress: bool,
+        differentiable: bool,
+    ) -> list[Prediction]:
+        """Predictions with the derivatives of the wanted ones among the levels; the others are 0."""
         with torch.enable_grad():
             leaves = [_leaves(block, stress) for block in blocks]
             said = [self._evaluate(leaf) for leaf in leaves]
-            wanted = [level for level in levels if not (self.training and _unlabelled(self.spec, blocks, level))]
             slopes = {}
             for n, level in enumerate(wanted, start=1):
                 # the graph serves the other levels and, in training, the loss; else it is freed on the way
@@ -85,6 +116,12 @@ class Potential(nn.Module):
             )
             for i, (s, leaf) in enumerate(zip(said, leaves, strict=True))
         ]
+
+    def _derive_compiled(self, block: AtomsBatch, levels: Sequence[int], wanted: Sequence[int]) -> Prediction:
+        """The same of molecules, which have no stress."""
+        energy, terms, *slopes = self._compiled(block.species, block.pos, block.topology, wanted)
+        found = dict(zip(wanted, slopes, strict=True))
+        return Prediction(energy, _planes([-found[v] if v in found else None for v in levels], block.pos), terms)
 
     def _check(self, blocks: Sequence[AtomsBatch], levels: Sequence[int], stress: bool) -> None:
         limits = self.config.limits

@@ -27,12 +27,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, pad, silu
+from torch.nn.functional import pad, silu
 
 from hpcmlip.batch import DataSpec
 from hpcmlip.config import Count, ModelSection, Positive
 from hpcmlip.graph import Graph
-from hpcmlip.models.layers import HEAD_UNIT, EnergyReadout, bump_cutoff, mlp
+from hpcmlip.models.layers import HEAD_UNIT, EnergyReadout, bump_cutoff, mlp, one_hot
 from hpcmlip.models.tensors import DegreeLinear, EdgeFrames, EdgeKernel, Frames
 
 COMPONENT = "SE(3)-Transformer: equivariant attention on tensors up to degree 3, conservative or direct forces"
@@ -116,7 +116,7 @@ class Net(nn.Module):
 
     def features(self, species: Tensor, graph: Graph) -> list[Tensor]:
         """[A, M, C] of each layer's output, before the nonlinearity."""
-        x = self.embed(one_hot(species, self.num_elements).to(graph.dist.dtype))[:, None]
+        x = self.embed(one_hot(species, self.num_elements, graph.dist.dtype))[:, None]
         edges = Edges(
             self.frames(graph),
             bessel_functions(graph.dist, self.config.cutoff, self.config.radial_functions),

@@ -143,6 +143,8 @@ class Training:
                 transfer.freeze(potential, config.transfer)
                 if not goes_on:  # its checkpoints hold all the weights
                     transfer.start(potential, config.transfer)
+            if config.engine.compile:
+                potential.compile_forces()
             objective = Objective(potential, config)
         self.engine = Engine(objective, config, world, device)
         self.average = Average(self.engine.parameters(), config.optim.ema_decay)
