@@ -35,7 +35,7 @@ class Section:
 
 
 def _hipnn(lmax: int, features: int) -> tuple[str, ...]:
-    same = ("--threads", "2", "--atoms", "14", "--data", "DATA", "--kernels", "numba")
+    same = ("--threads", "2", "--atoms", "14", "--data", "DATA", "--kernels", "numba", "--compile")
     return ("hipnn", "--lmax", str(lmax), "--features", str(features), *same)
 
 
@@ -59,8 +59,8 @@ SECTIONS = (
     Section(
         "shard",
         "Sharding: beside MACE",
-        "Two levels with forces here, one level there. MACE prepares every tenth conformation of the same molecules; "
-        "its time is proportional to their number.",
+        "MACE prepares energies and forces of one level; so does hpcmlip in the last column, in the others two levels. "
+        "MACE gets every tenth conformation of the same molecules; its time is proportional to their number.",
         (
             "shard",
             "configs/data/xtb_nms.yaml",
@@ -93,12 +93,19 @@ SECTIONS = (
     Section(
         "hipnn",
         "HIP-NN-TS: l = 2, 128 features",
-        "Against hippynn with the fastest of its kernels for a CPU, with the same weights and the same results.",
+        "Against hippynn with the fastest of its kernels for a CPU, with the same weights and the same results. "
+        "Compiled: with `engine.compile`. The account is of the step that is not compiled.",
         _hipnn(2, 128),
     ),
     *(
         Section(f"hipnn_l{lmax}_f{F}", f"HIP-NN-TS: l = {lmax}, {F} features", "", _hipnn(lmax, F))
         for lmax, F in ((2, 64), (1, 128), (1, 64), (0, 128), (0, 64))
+    ),
+    Section(
+        "compile",
+        "Every model, compiled or not",
+        "The presets. What `engine.compile` does for each; ANI cannot be compiled.",
+        ("models", "--compile", "--atoms", "14", "--threads", "2", "--data", "DATA", "--kernels", "numba"),
     ),
     Section(
         "step",
