@@ -178,7 +178,7 @@ class EngineSection(Section):
     precision: Literal["fp32"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
-    """Compile what training takes of molecules: minutes at the first step, from then on most models are faster."""
+    """Compile what training takes of molecules: minutes at the start, then faster steps with most models."""
     timeout_minutes: Positive = 30.0
     """A collective that waits longer than this ends the run."""
 

@@ -174,7 +174,7 @@ def _our_step(preset: str, numbers, pos, device: str) -> Step:
 
 
 def _our_compiled_step(preset: str, numbers, pos, device: str) -> Step:
-    potential = _potential(preset)
+    potential = _potential(preset).to(device)
     potential.compile_forces()
     return potential_step(potential, numbers, pos, device)
 

@@ -57,12 +57,17 @@ class Compiled:
         """Of elements [A] and positions [A, 3] Å: energies [B, L] eV, terms [A, T, L] eV, and dE/dpos [A, 3] eV/Å of
         each of the levels. They can be differentiated by the weights, once.
 
-        Raises ConfigError at the first call with these levels if the network cannot be compiled.
+        Raises ConfigError as `prepare`, which the first call with these levels does.
         """
-        key = (tuple(levels), pos.dtype, pos.device)
+        found = self.prepare(levels, pos.dtype, pos.device)
+        return found(*_open(topology.by_structure(pos), topology.by_structure(species)))
+
+    def prepare(self, levels: Sequence[int], dtype: torch.dtype, device: torch.device) -> _Function:
+        """Compile, unless that was done. Raises ConfigError if the network cannot be compiled."""
+        key = (tuple(levels), dtype, device)
         if key not in self._functions:
             self._functions[key] = self._compile(*key)
-        return self._functions[key](*_open(topology.by_structure(pos), topology.by_structure(species)))
+        return self._functions[key]
 
     def eager(self, levels: Sequence[int], pos: Tensor, species: Tensor) -> tuple[Tensor, ...]:
         """What `record` records."""

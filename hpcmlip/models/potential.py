@@ -38,14 +38,16 @@ class Potential(nn.Module):
         self._compiled: Compiled | None = None
 
     def compile_forces(self) -> None:
-        """From now on, compile what training takes of molecules: energies and forces with their derivatives.
+        """Compile what training takes of molecules, energies and forces with their derivatives, where they lie now.
 
-        The first step in training mode takes minutes. Raises ConfigError there if it does not work, and here for
-        settings of which that is known.
+        That takes minutes. Raises ConfigError if it does not work.
         """
         if self.config.not_compiled:
             raise ConfigError(f"model '{self.config.kind}' cannot be compiled: {self.config.not_compiled}")
         self._compiled = Compiled(self.net, self.config.cutoff, len(self.spec.elements))
+        if self.spec.force_levels:
+            weight = next(self.parameters())
+            self._compiled.prepare(self.spec.force_levels, weight.dtype, weight.device)
 
     @property
     def is_conservative(self) -> bool:

@@ -143,10 +143,12 @@ class Training:
                 transfer.freeze(potential, config.transfer)
                 if not goes_on:  # its checkpoints hold all the weights
                     transfer.start(potential, config.transfer)
-            if config.engine.compile:
-                potential.compile_forces()
             objective = Objective(potential, config)
         self.engine = Engine(objective, config, world, device)
+        if config.engine.compile:
+            with dist.together("compiling"):
+                potential.compile_forces()
+            rearm()
         self.average = Average(self.engine.parameters(), config.optim.ema_decay)
         self.records = Records(config, run_dir, world, dataset=self.dataset, engine=self.engine, average=self.average)
         self.progress = Progress()

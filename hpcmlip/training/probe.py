@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from hpcmlip import dist
 from hpcmlip.batch import AtomsBatch
 from hpcmlip.data import plan
-from hpcmlip.data.loader import split_work
+from hpcmlip.data.loader import split_batches, split_work
 from hpcmlip.errors import RunError
 from hpcmlip.training.engine import MicroBatch
 from hpcmlip.training.errors import error_sums
@@ -23,8 +23,10 @@ WARM_UP_STEPS = 5
 STEPS = 50
 SHORT_SECONDS, LONG_SECONDS, FEWEST_STEPS = 8.0, 120.0, 10
 """The probe goes on for `STEPS` and at least the first; after the second, `FEWEST_STEPS` are enough."""
-VALIDATION_BATCHES, VALIDATION_SECONDS = 12, 3.0
-"""Different ones, which are taken again for so long."""
+VALIDATION_SECONDS = 3.0
+"""Of passes over the validation split, or over a part of it."""
+KEPT = 12
+"""Micro-batches whose size in memory is looked at."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def run(training: Training) -> Measured:
     return Measured(
         steps=steps,
         waited=waited,
-        validation=_validation(training, kept),
+        validation=_validation(training),
         checkpoint=_seconds(lambda: training.records.save(progress)),
         export=_seconds(lambda: training.records.export(progress)),
         epoch=epoch.sum(1),
@@ -134,7 +136,7 @@ def _steps(training: Training) -> tuple[Timed, float, list[MicroBatch]]:
         elif done >= STEPS > 2 * len(seconds):
             raise RunError("most steps give numbers that are not finite: look at the labels and the model's settings")
         last = now
-        if done % (STEPS // VALIDATION_BATCHES) == 0 and len(kept) < VALIDATION_BATCHES:
+        if done % (STEPS // KEPT) == 0 and len(kept) < KEPT:
             kept.append(micro_batches[0])
     return Timed(np.array(work), np.array(seconds)), training.loader.waited - waited, kept
 
@@ -151,8 +153,9 @@ def _is_enough(steps: int, seconds: float) -> bool:
     return steps >= STEPS and seconds > SHORT_SECONDS
 
 
-def _validation(training: Training, micro_batches: Sequence[MicroBatch]) -> Timed:
-    objective, spec = training.engine.objective.eval(), training.dataset.spec
+def _validation(training: Training) -> Timed:
+    """Batches of the validation split as a run takes them, the wait for data and the start of each pass included."""
+    objective, dataset, config = training.engine.objective.eval(), training.dataset, training.config
     work, seconds = [], []
 
     def evaluate(micro_batch: MicroBatch) -> None:
@@ -161,13 +164,19 @@ def _validation(training: Training, micro_batches: Sequence[MicroBatch]) -> Time
             predictions = objective.potential(blocks)
             objective.sums(blocks, predictions)
             for block, prediction in zip(blocks, predictions, strict=True):
-                error_sums(spec, block, prediction)
+                error_sums(dataset.spec, block, prediction)
+        _synchronize()
 
-    evaluate(micro_batches[0])
     while sum(seconds) < VALIDATION_SECONDS:
-        for micro_batch in micro_batches:
-            seconds.append(_seconds(lambda: evaluate(micro_batch)))  # noqa: B023 - called at once
+        last = time.perf_counter()
+        for micro_batch in split_batches(dataset, config.data, "val", cutoff=config.model.cutoff, rank=0, size=1):
+            evaluate(micro_batch)
+            now = time.perf_counter()
             work.append(_work(micro_batch))
+            seconds.append(now - last)
+            last = now
+            if sum(seconds) >= VALIDATION_SECONDS:
+                break
     return Timed(np.array(work), np.array(seconds))
 
 
