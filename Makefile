@@ -81,7 +81,7 @@ soak: $(VENV)/tested ## every fault of docs/reliability.md at full counts, hours
 	.peers/mace/bin/python -m pip install -qq "mace-torch==0.3.16"
 	touch $@
 
-bench: $(VENV)/tested .peers/mace/ready ## all benchmarks -> docs/benchmarks.md, an hour on a quiet machine; DATA=xtb_nms.h5
+bench: $(VENV)/tested .peers/mace/ready ## all benchmarks -> docs/benchmarks.md, two hours on a quiet machine; DATA=xtb_nms.h5
 	@test -f "$(DATA)" || { echo "make bench: name the raw file of configs/data/xtb_nms.yaml, DATA=/path/to/xtb_nms.h5"; exit 1; }
 	$(PIP) install --constraint constraints.txt --editable ".[bench]"
 	$(HPCMLIP) shard configs/data/ab_initio_small.yaml out=demo/ab_initio.zarr

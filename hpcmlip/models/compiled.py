@@ -95,7 +95,9 @@ class Compiled:
                 f"engine.compile: the model cannot be compiled here ({type(error).__name__}: {reason}); set it to false"
             ) from error
         if not worst < TOLERANCE[dtype]:
-            raise ConfigError(f"engine.compile: the compiled model differs from itself by {worst:.1g}; set it to false")
+            raise ConfigError(
+                f"engine.compile: the compiled model differs from the eager one by {worst:.1g}; set it to false"
+            )
         log.info("compiled energies and forces in %.0f s; they differ by %.1g at most", time.monotonic() - began, worst)
         return found
 

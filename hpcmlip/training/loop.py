@@ -148,6 +148,8 @@ class Training:
         if config.engine.compile:
             with dist.together("compiling"):
                 potential.compile_forces()
+            if any(store.meta.periodic for store in self.dataset.stores):
+                log.warning("engine.compile: periodic structures are not compiled")
             rearm()
         self.average = Average(self.engine.parameters(), config.optim.ema_decay)
         self.records = Records(config, run_dir, world, dataset=self.dataset, engine=self.engine, average=self.average)

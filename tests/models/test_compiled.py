@@ -54,7 +54,7 @@ def call(net: nn.Module) -> tuple[Tensor, ...]:
 
 
 def test_a_network_that_is_not_the_compiled_one_is_refused():
-    with pytest.raises(ConfigError, match=r"the compiled model differs from itself by .*; set it to false"):
+    with pytest.raises(ConfigError, match=r"the compiled model differs from the eager one by .*; set it to false"):
         call(Hiding())
 
 
