@@ -246,7 +246,7 @@ class ModelSection(Section):
 
     @property
     def not_compiled(self) -> str:
-        """Why energies and forces of these settings cannot be compiled; empty if they can."""
+        """Why energies and forces of these settings are not compiled; empty if they can be."""
         return MODEL_LIMITS["conservative"] if "conservative" in self.limits else ""
 
 
@@ -290,7 +290,7 @@ class RunConfig(Section):
             raise ValueError(f"optim.schedule.min_lr is {self.optim.schedule.min_lr:g}, not below optim.lr")
         if self.engine.compile and self.model.not_compiled:
             raise ValueError(
-                f"engine.compile is true, but model '{self.model.kind}' cannot be compiled: {self.model.not_compiled}"
+                f"engine.compile is true, but model '{self.model.kind}' is not compiled: {self.model.not_compiled}"
             )
         if (self.optim.schedule.start_lr or 0.0) > self.optim.lr:
             raise ValueError(f"optim.schedule.start_lr is {self.optim.schedule.start_lr:g}, above optim.lr")

@@ -62,19 +62,8 @@ SECTIONS = (
         "MACE prepares energies and forces of one level; so does hpcmlip in the last column, in the others two levels. "
         "MACE gets every tenth conformation of the same molecules; its time is proportional to their number.",
         (
-            "shard",
-            "configs/data/xtb_nms.yaml",
-            "--data",
-            "DATA",
-            "--workers",
-            "2",
-            "1",
-            "--copies",
-            "10",
-            "--repeats",
-            "3",
-            "--mace",
-            "MACE",
+            *("shard", "configs/data/xtb_nms.yaml", "--data", "DATA", "--workers", "2", "1"),
+            *("--copies", "10", "--repeats", "3", "--mace", "MACE"),
         ),
     ),
     Section(
@@ -103,9 +92,12 @@ SECTIONS = (
     ),
     Section(
         "compile",
-        "Every model, compiled or not",
-        "The presets. What `engine.compile` does for each; ANI cannot be compiled.",
-        ("models", "--compile", "--atoms", "14", "--threads", "2", "--data", "DATA", "--kernels", "numba"),
+        "Models, compiled or not",
+        "What `engine.compile` does for the presets.",
+        (
+            *("models", "hipnn", "egnn", "deeppot", "neuralil", "--compile"),
+            *("--atoms", "14", "--threads", "2", "--data", "DATA", "--kernels", "numba"),
+        ),
     ),
     Section(
         "step",

@@ -43,7 +43,7 @@ class Potential(nn.Module):
         That takes minutes. Raises ConfigError if it does not work.
         """
         if self.config.not_compiled:
-            raise ConfigError(f"model '{self.config.kind}' cannot be compiled: {self.config.not_compiled}")
+            raise ConfigError(f"model '{self.config.kind}' is not compiled: {self.config.not_compiled}")
         self._compiled = Compiled(self.net, self.config.cutoff, len(self.spec.elements))
         if self.spec.force_levels:
             weight = next(self.parameters())

@@ -90,6 +90,10 @@ class Config(ModelSection):
             found["additivity"] = "the mean force of a structure couples all its atoms (remove_mean_force)"
         return found
 
+    @property
+    def not_compiled(self) -> str:
+        return "the compiler works on its tensor products for a quarter of an hour, and they are not faster then"
+
 
 class Net(nn.Module):
     """Atomic energies of every level from the scalars of the last layer; direct forces from its vectors."""

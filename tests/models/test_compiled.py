@@ -73,5 +73,5 @@ def test_single_molecules_and_lists_stay_eager():
 def test_a_model_that_is_never_compiled_is_refused_with_its_config(write_run, tmp_path):
     config = write_run(tmp_path, engine={"compile": True})
     assert load(RunConfig, config).engine.compile
-    with pytest.raises(ConfigError, match=r"engine.compile is true, but model 'ani' cannot be compiled: how many"):
+    with pytest.raises(ConfigError, match=r"engine.compile is true, but model 'ani' is not compiled: how many"):
         load(RunConfig, config, ["model={kind: ani}"])
