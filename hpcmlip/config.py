@@ -292,6 +292,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"engine.compile is true, but model '{self.model.kind}' is not compiled: {self.model.not_compiled}"
             )
+        if self.engine.compile and "EF" not in self.data.levels.values():
+            raise ValueError(
+                "engine.compile is true, but no level in data.levels has forces (EF), for which it is made"
+            )
         if (self.optim.schedule.start_lr or 0.0) > self.optim.lr:
             raise ValueError(f"optim.schedule.start_lr is {self.optim.schedule.start_lr:g}, above optim.lr")
         return self

@@ -45,9 +45,8 @@ class Potential(nn.Module):
         if self.config.not_compiled:
             raise ConfigError(f"model '{self.config.kind}' is not compiled: {self.config.not_compiled}")
         self._compiled = Compiled(self.net, self.config.cutoff, len(self.spec.elements))
-        if self.spec.force_levels:
-            weight = next(self.parameters())
-            self._compiled.prepare(self.spec.force_levels, weight.dtype, weight.device)
+        weight = next(self.parameters())
+        self._compiled.prepare(self.spec.force_levels, weight.dtype, weight.device)
 
     @property
     def is_conservative(self) -> bool:

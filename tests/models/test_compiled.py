@@ -70,8 +70,10 @@ def test_single_molecules_and_lists_stay_eager():
     assert not Compiled.takes(batch(real("C2H6O1", slice(0, 3)), reach=7.0).topology)
 
 
-def test_a_model_that_is_never_compiled_is_refused_with_its_config(write_run, tmp_path):
+def test_a_run_without_anything_to_compile_is_refused(write_run, tmp_path):
     config = write_run(tmp_path, engine={"compile": True})
     assert load(RunConfig, config).engine.compile
     with pytest.raises(ConfigError, match=r"engine.compile is true, but model 'ani' is not compiled: how many"):
         load(RunConfig, config, ["model={kind: ani}"])
+    with pytest.raises(ConfigError, match=r"engine.compile is true, but no level in data.levels has forces"):
+        load(RunConfig, config, ["data.levels={cc: E}"])
