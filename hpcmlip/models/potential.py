@@ -65,8 +65,8 @@ class Potential(nn.Module):
         `force_levels` are indices into `spec.levels` (None: `spec.force_levels`; empty: no forces). With `stress` the
         predictions of periodic blocks have [B, len(force_levels), 3, 3] eV/Å³ of the same levels. One reverse pass a
         level serves all blocks together, since structures do not interact. In training mode (and where gradients are
-        on) the result can be differentiated, and a level without a force label in any of the blocks is left out: its
-        plane is 0. In evaluation mode the result carries no graph if forces were asked for. Raises DataError for a
+        on) the result can be differentiated, and a level without a force label in any of the blocks is left out (unless
+        compiled): its plane is 0. In evaluation mode the result carries no graph if forces were asked for. Raises DataError for a
         periodic block if the model is for molecules only, and if a model that is not conservative is asked for stress
         or for forces of another level than `spec.force_levels`.
         """
@@ -84,7 +84,7 @@ class Potential(nn.Module):
         rest = [block for block, is_molecules in zip(blocks, molecules, strict=True) if not is_molecules]
         derived = iter(self._derive(rest, levels, wanted, stress, differentiable) if rest else ())
         return [
-            self._derive_compiled(block, levels, wanted) if is_molecules else next(derived)
+            self._derive_compiled(block, levels) if is_molecules else next(derived)
             for block, is_molecules in zip(blocks, molecules, strict=True)
         ]
 
@@ -118,11 +118,10 @@ class Potential(nn.Module):
             for i, (s, leaf) in enumerate(zip(said, leaves, strict=True))
         ]
 
-    def _derive_compiled(self, block: AtomsBatch, levels: Sequence[int], wanted: Sequence[int]) -> Prediction:
-        """The same of molecules, which have no stress."""
-        energy, terms, *slopes = self._compiled(block.species, block.pos, block.topology, wanted)
-        found = dict(zip(wanted, slopes, strict=True))
-        return Prediction(energy, _planes([-found[v] if v in found else None for v in levels], block.pos), terms)
+    def _derive_compiled(self, block: AtomsBatch, levels: Sequence[int]) -> Prediction:
+        """Of molecules, which have no stress. All levels always: each choice of them would be compiled by itself."""
+        energy, terms, *slopes = self._compiled(block.species, block.pos, block.topology, levels)
+        return Prediction(energy, -torch.stack(slopes, dim=1), terms)
 
     def _check(self, blocks: Sequence[AtomsBatch], levels: Sequence[int], stress: bool) -> None:
         limits = self.config.limits
