@@ -66,9 +66,9 @@ class Potential(nn.Module):
         predictions of periodic blocks have [B, len(force_levels), 3, 3] eV/Å³ of the same levels. One reverse pass a
         level serves all blocks together, since structures do not interact. In training mode (and where gradients are
         on) the result can be differentiated, and a level without a force label in any of the blocks is left out (unless
-        compiled): its plane is 0. In evaluation mode the result carries no graph if forces were asked for. Raises DataError for a
-        periodic block if the model is for molecules only, and if a model that is not conservative is asked for stress
-        or for forces of another level than `spec.force_levels`.
+        compiled): its plane is 0. In evaluation mode the result carries no graph if forces were asked for. Raises
+        DataError for a periodic block if the model is for molecules only, and if a model that is not conservative is
+        asked for stress or for forces of another level than `spec.force_levels`.
         """
         levels = self.spec.force_levels if force_levels is None else tuple(force_levels)
         differentiable = self.training and torch.is_grad_enabled()
