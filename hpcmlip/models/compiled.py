@@ -25,7 +25,7 @@ from hpcmlip.models import fused
 log = logging.getLogger(__name__)
 
 MOLECULES, ATOMS = 128, 13
-"""Of the example. Numbers that differ, and are no width of a network, so that none is taken for another."""
+"""Of the example. Two numbers that differ: for equal ones the graph would have one symbol."""
 FEW = (3, 7)
 """Molecules and atoms of the second check; for small sizes the compiler makes code of its own."""
 SPACING = 1.3
