@@ -76,6 +76,9 @@ class AtomsBatch:
     """[B] 1, or 0 for a structure that only fills up the last step."""
     source: np.ndarray
     """[B, 4] store, file, group, row: where each structure came from."""
+    force_labels: tuple[int, ...] | None = None
+    """Levels, as places in `DataSpec.force_levels`, with any label in `forces`; None: not known, perhaps all. Kept
+    here because asking `forces` would make the host wait for a GPU."""
 
     @property
     def num_structures(self) -> int:
@@ -95,6 +98,7 @@ class AtomsBatch:
             forces=move(self.forces),
             weight=move(self.weight),
             source=self.source,
+            force_labels=self.force_labels,
         )
 
 

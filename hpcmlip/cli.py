@@ -119,7 +119,7 @@ def train(
     signals = Signals().listen()  # before the imports that take seconds
     if json and not forecast:
         raise ConfigError("--json says how --forecast prints: give both; a run writes metrics.jsonl by itself")
-    from hpcmlip import dist
+    from hpcmlip import launch
     from hpcmlip.cluster import trials
     from hpcmlip.config import RunConfig, load
     from hpcmlip.training import loop
@@ -133,7 +133,7 @@ def train(
     else:
         trial = trials.watched(run_dir)
         code = loop.train(config, run_dir, signals, trial and trial.why_stop)
-        if trial is not None and code == 0 and dist.detect().rank == 0:
+        if trial is not None and code == 0 and launch.detect().rank == 0:
             trial.tell()
     signals.ignore()
     _leave(code)
@@ -320,9 +320,9 @@ def _leave(code: int) -> NoReturn:
 
     The threads of torch.distributed have been seen to abort that end (signal 6) after a finished run.
     """
-    from hpcmlip import dist
+    from hpcmlip import launch
 
-    if dist.detect().size > 1:
+    if launch.detect().size > 1:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,5 +1,6 @@
 """Structures for tests: real molecules from the packaged sample, ideal geometries, and batches of them."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def batch(
         weight=torch.ones(B, dtype=dtype),
         source=np.zeros((B, 4), dtype=np.int64),
     )
+
+
+def labelled(block: AtomsBatch, force_labels: Sequence[int]) -> AtomsBatch:
+    """With labels 0 as the loader gives them, of two levels with forces: energies, and forces of the levels given."""
+    forces = torch.full((len(block.pos), 2, 3), torch.nan, dtype=block.pos.dtype)
+    forces[:, list(force_labels)] = 0.0
+    energy = torch.zeros(block.num_structures, 2, dtype=block.pos.dtype)
+    return dataclasses.replace(block, energy=energy, forces=forces, force_labels=tuple(force_labels))
 
 
 CELL = np.array([[3.6, 0.0, 0.0], [0.4, 3.3, 0.0], [-0.3, 0.5, 3.9]])

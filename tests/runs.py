@@ -87,7 +87,7 @@ def differences(found: RunDir, expected: RunDir) -> list[str]:
 
 def pretend_finished(run_dir: Path) -> None:
     """A model and the record of an end, as `hpcmlip train` leaves them; weights that no network could load."""
-    from hpcmlip.models.export import CARD, SCHEMA, WEIGHTS
+    from hpcmlip.models.card import CARD, SCHEMA, WEIGHTS
     from hpcmlip.sealing import seal
     from hpcmlip.training import rundir
 

@@ -20,6 +20,7 @@ LAYERS = [
         "hpcmlip.files",
         "hpcmlip.progress",
         "hpcmlip.sealing",
+        "hpcmlip.launch",
     },
     {
         "hpcmlip.graph",
@@ -51,7 +52,7 @@ PREPROCESS_USES = {
 MAY_USE_PREPROCESS = {"hpcmlip.cli", "hpcmlip.bench"}
 DASK_MODULES = {"hpcmlip.preprocess.pipeline", "hpcmlip.preprocess.schedule"}
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "OMPI_", "PMI_")
-READS_LAUNCHER = {"hpcmlip.dist"}
+READS_LAUNCHER = {"hpcmlip.launch"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def test_a_tracker_is_imported_in_its_own_process_only():
     assert users == own and not [m.name for m in MODULES if imports(m) & own]
 
 
-def test_only_dist_reads_the_variables_of_launchers():
+def test_only_one_module_reads_the_variables_of_launchers():
     """By subscript, get or getenv; training sets LOCAL_RANK for DeepSpeed, which is no reading."""
     readers = {
         module.name

@@ -24,9 +24,9 @@ from hpcmlip.bench.commands import Commands
 from hpcmlip.bench.small_stores import make_store
 from hpcmlip.config import LevelWeights, RunConfig, from_values, load
 from hpcmlip.data.dataset import Dataset
-from hpcmlip.dist import World
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.files import write_atomic
+from hpcmlip.launch import World
 from hpcmlip.models.potential import Potential
 from hpcmlip.training import setup
 

@@ -6,7 +6,7 @@ error of both to all parameters, from positions on, in float32. A program that i
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,6 +91,8 @@ def main(args: Sequence[str]) -> int:
         programs.append(_hippynn(hippynn, fastest(trial), numbers, pos, options))
         for preset in options.models:
             programs.append(_ours(preset, numbers, pos, options))
+            if options.compile and not _potential(preset).config.not_compiled:
+                programs.append(_ours(preset, numbers, pos, options, is_compiled=True))
             if options.peers and preset in PEERS:
                 programs.append(_peer(*PEERS[preset], numbers, pos, options))
         for program in programs:
@@ -104,6 +106,11 @@ def main(args: Sequence[str]) -> int:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     result = {"rows": rows, "hippynn_kernels": fastest(trial), "torch": torch.__version__, **settings}
     result["against_peers"] = _against_peers(options.models, programs, seconds)
+    result["compiled"] = {
+        preset: ratio(seconds[preset], seconds[f"{preset}, compiled"])
+        for preset in options.models
+        if f"{preset}, compiled" in seconds
+    }
     _show(result)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +128,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", help="hippynn's, by its names; default: all there are")
     parser.add_argument("--trials", type=int, default=2, help="steps with each of the kernels, to find the fastest")
     parser.add_argument("--data", type=Path, help="raw HDF5 file in the ANI-1x layout; default: the packaged sample")
+    parser.add_argument("--compile", action="store_true", help="each model with engine.compile as well")
     parser.add_argument("--peers", type=Path, metavar="PYTHON", help="Python with egnn-pytorch, torchani, ...")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -145,9 +153,10 @@ def _hippynn(hippynn: Hippynn, kernels: str, numbers, pos, options) -> Program:
     )
 
 
-def _ours(preset: str, numbers, pos, options) -> Program:
+def _ours(preset: str, numbers, pos, options, *, is_compiled: bool = False) -> Program:
+    name, step = (f"{preset}, compiled", _our_compiled_step) if is_compiled else (preset, _our_step)
     parameters = sum(p.numel() for p in _potential(preset).parameters() if p.requires_grad)
-    return Program(OwnProcess(preset, _our_step, preset, numbers, pos, options.threads, options.device), parameters)
+    return Program(OwnProcess(name, step, preset, numbers, pos, options.threads, options.device), parameters)
 
 
 def _peer(name: str, note: str, numbers, pos, options) -> Program:
@@ -160,12 +169,18 @@ def _potential(preset: str) -> Potential:
     return Potential(config.model, data_spec(), seed=0)
 
 
-def _our_step(preset: str, numbers, pos, device: str) -> Step:
-    return potential_step(_potential(preset), numbers, pos, device)
+def _our_step(preset: str, device: str) -> Callable[..., Step]:
+    return partial(potential_step, _potential(preset), device=device)
 
 
-def _hippynn_step(kernels: str, numbers, pos, device: str) -> Step:
-    return Hippynn(**HIPPYNN, device=device).step(kernels, numbers, pos)
+def _our_compiled_step(preset: str, device: str) -> Callable[..., Step]:
+    potential = _potential(preset).to(device)
+    potential.compile_forces()
+    return partial(potential_step, potential, device=device)
+
+
+def _hippynn_step(kernels: str, device: str) -> Callable[..., Step]:
+    return partial(Hippynn(**HIPPYNN, device=device).step, kernels)
 
 
 # ------------------------------------------------------------------------------------------------------ measurements
@@ -227,6 +242,8 @@ def _show(result: dict) -> None:
     for preset, found in result["against_peers"].items():
         low, high = found["quartiles"]
         console.print(f"{preset} is {found['times']} times as fast as {found['peer']} (quartiles {low} to {high})")
+    for preset, (times, (low, high)) in result["compiled"].items():
+        console.print(f"{preset} is {times} times as fast compiled (quartiles {low} to {high})")
     settings = " ".join(f"{key}={result[key]}" for key in ("atoms", "threads", "device", "repeats", "torch"))
     console.print(f"{settings}; memory is the growth by a step beyond the model itself")
     print(json.dumps(result))

@@ -15,8 +15,8 @@ from hpcmlip.errors import RunError
 
 FEW = 2
 """Molecules of the step that compiles and loads libraries before memory is measured."""
-Make = Callable[[str, np.ndarray, np.ndarray, str], Step]
-"""(name, atomic numbers [B, N], positions [B, N, 3] Å, device) -> step; a function of a module."""
+Make = Callable[[str, str], Callable[[np.ndarray, np.ndarray], Step]]
+"""A function of a module: (settings, device) -> from atomic numbers [B, N] and positions [B, N, 3] Å, a step."""
 
 
 class OwnProcess:
@@ -48,7 +48,8 @@ class OwnProcess:
 
 def _answer(pipe, make: Make, settings: str, numbers, pos, threads: int, device: str) -> None:
     torch.set_num_threads(threads)
-    make(settings, numbers[:FEW], pos[:FEW], device)()
+    step_on = make(settings, device)
+    step_on(numbers[:FEW], pos[:FEW])()
     last, timed, memory = 0, None, None
     while True:
         try:
@@ -56,6 +57,6 @@ def _answer(pipe, make: Make, settings: str, numbers, pos, threads: int, device:
         except EOFError:
             return
         if count != last:
-            timed = timer(make(settings, numbers[:count], pos[:count], device))
+            timed = timer(step_on(numbers[:count], pos[:count]))
             last, memory = count, Memory(device)
         pipe.send((timed(), memory.growth()))

@@ -91,6 +91,15 @@ SECTIONS = (
         for lmax, F in ((2, 64), (1, 128), (1, 64), (0, 128), (0, 64))
     ),
     Section(
+        "compile",
+        "Models, compiled or not",
+        "What `engine.compile` does for the presets.",
+        (
+            *("models", "hipnn", "egnn", "deeppot", "neuralil", "--compile"),
+            *("--atoms", "14", "--threads", "2", "--data", "DATA", "--kernels", "numba"),
+        ),
+    ),
+    Section(
         "step",
         "The whole training step",
         "DeepSpeed engine, reduction, checks, average and logging against plain torch, and two processes against one.",

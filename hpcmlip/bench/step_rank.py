@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpcmlip import dist
+from hpcmlip import dist, launch
 from hpcmlip.bench.calls import timed
 from hpcmlip.config import RunConfig, load
 from hpcmlip.data import plan
@@ -176,7 +176,7 @@ def main() -> None:
     # whatever prints, the answers stay alone on what was the standard output
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    world = dist.detect()
+    world = launch.detect()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[world.local_rank % len(cores)]})
     config = load(RunConfig, options.run)

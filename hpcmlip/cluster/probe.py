@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hpcmlip import dist
+from hpcmlip.launch import World
 
 SUM_MINUTES = 0.5
 
@@ -29,7 +30,7 @@ def torch_facts() -> dict:
 
 def sum_of_two(rank: int, key: str, folder: Path) -> None:
     """One of two processes that meet through a file in `folder`, as those of a run do, and add up 1 and 2."""
-    world = dist.World(rank=rank, size=2, local_rank=rank, launcher="doctor", key=key)
+    world = World(rank=rank, size=2, local_rank=rank, launcher="doctor", key=key)
     dist.start(world, folder=folder, device=torch.device("cpu"), timeout_minutes=SUM_MINUTES)
     total = dist.all_sum(torch.tensor([rank + 1.0])).item()
     dist.stop()

@@ -41,6 +41,7 @@ def collate(arrays: Arrays, dtype: torch.dtype, *, cutoff: float, weight: float 
         forces=tensor(arrays["forces"], (B * N, arrays["forces"].shape[2], 3)),
         weight=torch.full((B,), weight, dtype=dtype),
         source=arrays["source"],
+        force_labels=tuple(np.flatnonzero(~np.isnan(arrays["forces"]).all(axis=(0, 1, 3))).tolist()),
     )
 
 

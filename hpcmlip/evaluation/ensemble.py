@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from hpcmlip import dist, progress
+from hpcmlip import dist, launch, progress
 from hpcmlip.batch import AtomsBatch
 from hpcmlip.data.loader import split_batches
 from hpcmlip.data.store import SPLITS
@@ -22,6 +22,7 @@ from hpcmlip.evaluation import figures, members, output
 from hpcmlip.evaluation.predictions import Spill
 from hpcmlip.evaluation.sums import Result, Sums, result_sums
 from hpcmlip.evaluation.task import Task, prepare
+from hpcmlip.launch import World
 from hpcmlip.plugins import suggest
 from hpcmlip.units import ENERGY_UNITS
 
@@ -44,7 +45,7 @@ def evaluate(runs: Sequence[Path], store: Path, *, split: str, out: Path, unit: 
     if unit not in ENERGY_UNITS:
         raise ConfigError(f"there is no energy unit '{unit}'{suggest(unit, ENERGY_UNITS)}")
     found = members.find_members(runs, at_least=min_members)
-    world = dist.detect()
+    world = launch.detect()
     device = _device(world.local_rank)
     task = prepare(found.runs, store, split, device)
     partial = _folder(Path(out)) / PARTIAL
@@ -83,7 +84,7 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def _run(task: Task, world: dist.World, spill: Spill) -> Sums:
+def _run(task: Task, world: World, spill: Spill) -> Sums:
     """Sums of this rank's share; its predictions go to the spill files."""
     total = Sums.zeros(len(task.ensemble.members), len(task.sizes), len(task.levels))
     share = -(-task.dataset.count(task.split) // world.size)

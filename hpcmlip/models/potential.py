@@ -209,8 +209,8 @@ def _direct(said: _Said, levels: Sequence[int], differentiable: bool) -> Predict
 
 
 def _unlabelled(spec: DataSpec, blocks: Sequence[AtomsBatch], level: int) -> bool:
-    """Do the blocks carry labels, but no force of this level?"""
-    if level not in spec.force_levels or any(block.forces is None for block in blocks):
+    """Is it known that no block has a force label of this level?"""
+    if level not in spec.force_levels or any(block.force_labels is None for block in blocks):
         return False
-    plane = spec.force_levels.index(level)
-    return all(bool(torch.isnan(block.forces[:, plane]).all()) for block in blocks)
+    place = spec.force_levels.index(level)
+    return not any(place in block.force_labels for block in blocks)

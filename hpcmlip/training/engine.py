@@ -21,7 +21,7 @@ from torch import Tensor
 from hpcmlip import dist
 from hpcmlip.batch import AtomsBatch
 from hpcmlip.config import OptimSection, RunConfig
-from hpcmlip.dist import World
+from hpcmlip.launch import World
 from hpcmlip.training.errors import batch_errors
 from hpcmlip.training.objective import Objective, surrogate
 from hpcmlip.training.optimizers import MOMENTS, OPTIMIZERS, initial_state
@@ -65,7 +65,7 @@ class Engine:
         local = self._local_sums(micro_batches)
         total = sum(sums.detach() for _, sums in local)
         extra = torch.tensor(flags, dtype=total.dtype, device=total.device)
-        reduced = dist.all_sum(torch.cat([total, extra]))
+        reduced = dist.all_sum(torch.cat([total, extra])).cpu()
         total, flags = reduced[: len(total)], tuple(reduced[len(total) :].tolist())
         loss = float(self.objective.value(total))
         if not (math.isfinite(loss) and bool(torch.isfinite(total).all())):
@@ -100,7 +100,7 @@ class Engine:
     def _gradients_finite(self) -> bool:
         """At stage 0, where every rank holds the same averaged gradients."""
         gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
-        return all(bool(torch.isfinite(g).all()) for g in gradients)
+        return bool(torch.stack([torch.isfinite(g).all() for g in gradients]).all())
 
     def bad_sources(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
         """(store, file, group, row) of the structures of this rank whose energies, forces or labels are not finite."""

@@ -56,19 +56,12 @@ def penalty_sums(
     atoms are divided by N^`size_power` before.
     """
     errors = batch_errors(batch, prediction)
-    sums = torch.zeros(len(spec.levels), 2, 1 + len(penalties), dtype=torch.float64, device=batch.pos.device)
     energy = _column_sums(*errors["energy"], penalties, unit * batch.topology.num_atoms**size_power)
-    sums = sums.index_copy(1, _index([0], sums), energy[:, None])
-    if "forces" in errors and spec.force_levels:
+    forces = dict.fromkeys(range(len(spec.levels)), torch.zeros_like(energy[0]))
+    if "forces" in errors:
         error, mask = (x.transpose(1, 2).flatten(0, 1) for x in errors["forces"])  # [A * 3, Lf]
-        force = torch.zeros_like(sums[:, 1])
-        force = force.index_copy(0, _index(spec.force_levels, sums), _column_sums(error, mask, penalties, unit))
-        sums = sums.index_copy(1, _index([1], sums), force[:, None])
-    return sums
-
-
-def _index(values: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device)
+        forces |= zip(spec.force_levels, _column_sums(error, mask, penalties, unit), strict=True)
+    return torch.stack([energy, torch.stack(list(forces.values()))], dim=1)
 
 
 def _column_sums(error: Tensor, mask: Tensor, penalties: Sequence[Penalty], unit: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hpcmlip import dist
+from hpcmlip import dist, launch
 from hpcmlip.config import RunConfig
 from hpcmlip.errors import EXIT_FAILED, ConfigError
 from hpcmlip.training import memory, probe, setup
@@ -28,7 +28,7 @@ def forecast(config: RunConfig, run_dir: Path, signals: Signals, *, as_json: boo
 
     Under the same launcher as the run. Leaves nothing behind; a run that was begun counts from its beginning.
     """
-    world = dist.detect()
+    world = launch.detect()
     setup.check_ranks(config, world)
     device = setup.choose_device(config.engine.device, world)
     folder = next(path for path in run_dir.absolute().parents if path.is_dir())

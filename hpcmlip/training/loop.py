@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from hpcmlip import dist
+from hpcmlip import dist, launch
 from hpcmlip.config import MODEL_LIMITS, RunConfig
 from hpcmlip.data.dataset import Dataset
-from hpcmlip.dist import World
 from hpcmlip.errors import EXIT_RESUMABLE, ConfigError, RunError
+from hpcmlip.launch import World
 from hpcmlip.models.potential import Potential
 from hpcmlip.trackers import FINISHED, STOPPED
 from hpcmlip.training import checkpoint, run_log, rundir, setup, transfer
@@ -46,7 +46,7 @@ def train(config: RunConfig, run_dir: Path, signals: Signals, why_stop: WhyStop 
 
     Continues from the newest sound checkpoint in `run_dir`. Raises UserError for what the user can act on.
     """
-    world = dist.detect()
+    world = launch.detect()
     setup.check_ranks(config, world)
     device = setup.choose_device(config.engine.device, world)
     with ExitStack() as stack:
@@ -102,7 +102,7 @@ def _contact(world: World, stacks: Stacks) -> Iterator[None]:
 
 def _seconds_left(world: World) -> float | None:
     """Until the job ends, as rank 0 sees it: clocks of machines differ."""
-    end = dist.job_end() if world.rank == 0 else None
+    end = launch.job_end() if world.rank == 0 else None
     return dist.broadcast(None if end is None else end - time.time())
 
 

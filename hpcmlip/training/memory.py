@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from hpcmlip import dist, rendezvous
+from hpcmlip import dist, launch, rendezvous
 
 _CGROUPS = (("", "memory.max"), ("memory", "memory.limit_in_bytes"))
 """Folder of the controller below the root and its file, of cgroup v2 and v1."""
@@ -52,7 +52,7 @@ def gpu(device: torch.device) -> Memory | None:
 
 
 def _job_limit() -> int | None:
-    limits = [limit for limit in (dist.memory_limit(), control_group_limit()) if limit]
+    limits = [limit for limit in (launch.memory_limit(), control_group_limit()) if limit]
     return min(limits, default=None)
 
 

@@ -84,8 +84,11 @@ class Objective(nn.Module):
         self._unit, self._size_power = ENERGY_UNITS[config.loss.unit], SIZE_POWERS[config.loss.energy_per]
         weights = [config.weights(level) for level in self.spec.levels]
         forces = [w.forces if i in self.spec.force_levels else 0.0 for i, w in enumerate(weights)]
-        self._weights = torch.tensor([[w.energy, f] for w, f in zip(weights, forces, strict=True)], dtype=torch.float64)
-        self._hierarchy = torch.tensor([w.hierarchicality for w in weights], dtype=torch.float64)
+        hierarchy = [w.hierarchicality for w in weights]
+        self._has_hierarchy = any(hierarchy)
+        pairs = [[w.energy, f] for w, f in zip(weights, forces, strict=True)]
+        self._weights = torch.tensor(pairs, dtype=torch.float64)
+        self._hierarchy = torch.tensor(hierarchy, dtype=torch.float64)
         for level, known, weight in zip(self.spec.levels, self.spec.isolated, weights, strict=True):
             if weight.hierarchicality and not known:
                 raise ConfigError(
@@ -103,27 +106,29 @@ class Objective(nn.Module):
         return sum(self._block_sums(block, prediction) for block, prediction in zip(blocks, predictions, strict=True))
 
     def value(self, sums: Tensor) -> Tensor:
-        """Objective (scalar) of sums over everything that belongs together; differentiable."""
+        """Objective (scalar) of sums over everything that belongs together; differentiable.
+
+        The sums are on the CPU: on a GPU, so few numbers would cost little but the starts of many operations.
+        """
         L, P = len(self.spec.levels), len(self._loss.penalties)
         errors, hierarchy = sums[: L * 2 * (1 + P)].reshape(L, 2, 1 + P), sums[L * 2 * (1 + P) :]
         count, totals = errors[..., 0], errors[..., 1:]
         means = totals / count.clamp(min=1)[..., None]
         terms = torch.where(count > 0, self._loss.combine(*means.unbind(-1)), 0.0)
-        total = (self._weights.to(sums.device) * terms).sum()
+        total = (self._weights * terms).sum()
         if hierarchy.numel():
-            weight = self._hierarchy.to(sums.device)
-            total = total + (weight * hierarchicality.value(hierarchy.reshape(L, -1, 2))).sum()
+            total = total + (self._hierarchy * hierarchicality.value(hierarchy.reshape(L, -1, 2))).sum()
         return total
 
     def slope(self, sums: Tensor) -> Tensor:
-        """[S] derivative of the value by each sum, at globally reduced sums."""
+        """[S] derivative of the value by each sum, at globally reduced sums, on the CPU like these."""
         leaf = sums.detach().requires_grad_()
         return torch.autograd.grad(self.value(leaf), leaf)[0]
 
     def _block_sums(self, block: AtomsBatch, prediction: Prediction) -> Tensor:
         scale = {"unit": self._unit, "size_power": self._size_power}
         errors = penalty_sums(self.spec, block, prediction, self._loss.penalties, **scale)
-        if not bool(self._hierarchy.any()):
+        if not self._has_hierarchy:
             return errors.flatten()
         hierarchy = hierarchicality.sums(block, prediction, self._variant).double()
         return torch.cat([errors.flatten(), hierarchy.flatten()])
@@ -131,4 +136,4 @@ class Objective(nn.Module):
 
 def surrogate(local: Tensor, slope: Tensor, num_ranks: int) -> Tensor:
     """Scalar whose gradient, averaged over ranks and added over micro-batches, is that of the objective of the step."""
-    return num_ranks * (slope * local).sum()
+    return num_ranks * (slope.to(local.device) * local).sum()

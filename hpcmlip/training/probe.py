@@ -111,7 +111,7 @@ def _forward_backward(training: Training, micro_batch: MicroBatch) -> None:
     objective = training.engine.objective.train()
     sums = objective([block.to(training.engine.device) for block in micro_batch])
     parameters = list(training.engine.parameters().values())
-    torch.autograd.grad(surrogate(sums, objective.slope(sums), 1), parameters, allow_unused=True)
+    torch.autograd.grad(surrogate(sums, objective.slope(sums.cpu()), 1), parameters, allow_unused=True)
 
 
 def _steps(training: Training) -> tuple[Timed, float, list[MicroBatch]]:

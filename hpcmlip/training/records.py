@@ -13,8 +13,8 @@ import hpcmlip
 from hpcmlip import dist
 from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
-from hpcmlip.dist import World
 from hpcmlip.errors import RunError
+from hpcmlip.launch import World
 from hpcmlip.models.export import save_model
 from hpcmlip.training import checkpoint, rundir
 from hpcmlip.training.average import Average

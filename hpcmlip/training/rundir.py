@@ -8,11 +8,11 @@ import os
 import socket
 from pathlib import Path
 
-from hpcmlip import dist
+from hpcmlip import launch
 from hpcmlip.config import RunConfig, dump, flat, read_yaml
 from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.files import write_atomic
-from hpcmlip.models.export import WEIGHTS, read_model
+from hpcmlip.models.card import WEIGHTS, read_model
 from hpcmlip.sealing import SchemaError, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class RunDirectory:
         self._lock.close()
 
     def _claim(self) -> None:
-        job = dist.job()
+        job = launch.job()
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))
         self._lock.flush()

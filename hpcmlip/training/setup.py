@@ -5,8 +5,8 @@ import torch
 from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.data.loader import TrainLoader
-from hpcmlip.dist import World
 from hpcmlip.errors import ConfigError, RunError
+from hpcmlip.launch import World
 
 
 def open_loader(config: RunConfig, dataset: Dataset, world: World) -> TrainLoader:

@@ -9,7 +9,7 @@ from hpcmlip import dist
 from hpcmlip.config import RunConfig
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.data.loader import split_batches
-from hpcmlip.dist import World
+from hpcmlip.launch import World
 from hpcmlip.training.engine import MicroBatch
 from hpcmlip.training.errors import error_sums, figures
 from hpcmlip.training.objective import Objective
@@ -56,11 +56,9 @@ def validate(
     length = max(dist.gather(len(sums[0]) if sums else 0))
     own = sum(sums) if sums else torch.zeros(length, dtype=torch.float64, device=device)
     flag = torch.tensor([float(stopped)], dtype=torch.float64, device=device)
-    total = dist.all_sum(torch.cat([flag, errors.flatten(), own]))
+    total = dist.all_sum(torch.cat([flag, errors.flatten(), own])).cpu()
     if total[0] > 0:
         return None
     errors, total = total[1 : 1 + errors.numel()].reshape(errors.shape), total[1 + errors.numel() :]
     # one rank's value for all: whether it is the best must not hang on a last digit
-    return Validation(
-        dist.broadcast(float(objective.value(total))), figures(dataset.spec, errors.cpu(), config.loss.unit)
-    )
+    return Validation(dist.broadcast(float(objective.value(total))), figures(dataset.spec, errors, config.loss.unit))

@@ -40,6 +40,7 @@ def test_labels_are_those_of_the_raw_file(ab_initio_store, samples, split):
         paths = sorted(raw)
         for batch in itertools.chain.from_iterable(split_batches(dataset, data, split, cutoff=6.5, rank=0, size=1)):
             N = batch.topology.num_atoms
+            assert batch.force_labels == ((0,) if batch.forces.isfinite().any() else ())
             for b, (_, _, ordinal, row) in enumerate(batch.source.tolist()):
                 group, atoms = raw[paths[ordinal]], slice(b * N, (b + 1) * N)
                 numbers = group["atomic_numbers"][:]

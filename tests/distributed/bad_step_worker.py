@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from hpcmlip import dist
+from hpcmlip import dist, launch
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.models.potential import Potential
@@ -105,7 +105,7 @@ def main() -> None:
     case, store, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3])
     if case["unchecked"]:
         without_check()
-    world = dist.detect()
+    world = launch.detect()
     dist.start(world, folder=out, device=torch.device("cpu"), timeout_minutes=2)
     for stage in case["stages"]:
         report = stage_report(stage, case, store, world)

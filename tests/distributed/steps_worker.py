@@ -19,7 +19,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from hpcmlip import dist
+from hpcmlip import dist, launch
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.data.dataset import Dataset
 from hpcmlip.models.potential import Potential
@@ -116,7 +116,7 @@ MODES = {"engine": engine_steps, "restored": restored_steps, "torch": torch_step
 
 def main() -> None:
     listing, store, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3])
-    world = dist.detect()
+    world = launch.detect()
     dist.start(world, folder=out, device=torch.device("cpu"), timeout_minutes=2)
     for case in listing["cases"]:
         config = run_config(copy.deepcopy(listing["config"]), store, case)

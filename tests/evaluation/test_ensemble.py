@@ -16,7 +16,8 @@ from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, DataError, RunError
 from hpcmlip.evaluation import predictions
 from hpcmlip.evaluation.ensemble import evaluate
-from hpcmlip.models.export import SCHEMA, load_model, save_model
+from hpcmlip.models.card import SCHEMA
+from hpcmlip.models.export import load_model, save_model
 from hpcmlip.sealing import seal, unseal
 from hpcmlip.units import HARTREE, KCAL_PER_MOL
 

@@ -19,12 +19,12 @@ from ase.optimize import BFGS
 
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.data.dataset import Dataset
-from hpcmlip.dist import World
 from hpcmlip.errors import ConfigError, DataError
 from hpcmlip.evaluation import prediction
 from hpcmlip.evaluation.calculator import EnsembleCalculator
 from hpcmlip.evaluation.ensemble import evaluate
 from hpcmlip.evaluation.members import Ensemble
+from hpcmlip.launch import World
 from hpcmlip.models import hipnn
 from hpcmlip.training.setup import open_loader
 

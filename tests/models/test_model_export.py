@@ -10,7 +10,8 @@ import torch
 
 from hpcmlip.config import DataSection, RunConfig
 from hpcmlip.errors import DataError
-from hpcmlip.models.export import SCHEMA, load_model, save_model
+from hpcmlip.models.card import SCHEMA
+from hpcmlip.models.export import load_model, save_model
 from hpcmlip.models.hipnn import Config
 from hpcmlip.models.potential import Potential
 from hpcmlip.sealing import seal, unseal

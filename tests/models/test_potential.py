@@ -1,7 +1,5 @@
 """Which forces a potential computes, and when its results carry a graph."""
 
-import dataclasses
-
 import molecules
 import pytest
 import torch
@@ -19,13 +17,6 @@ def potential() -> Potential:
     return Potential(CONFIG, molecules.spec(["a", "b", "c"], force_levels=[0, 2]), seed=0).double().train()
 
 
-def labelled(batch, planes):
-    """The batch with force labels 0 for these planes of two, NaN for the others."""
-    forces = torch.full((len(batch.pos), 2, 3), torch.nan, dtype=torch.float64)
-    forces[:, planes] = 0.0
-    return dataclasses.replace(batch, forces=forces)
-
-
 def test_forces_of_the_levels_of_the_spec(potential):
     by_default = potential(BLOCKS)
     for level, plane in ((0, 0), (2, 1)):
@@ -37,8 +28,8 @@ def test_forces_of_the_levels_of_the_spec(potential):
 
 
 def test_a_level_without_labels_is_left_out_in_training(potential):
-    whole = potential([labelled(block, [0, 1]) for block in BLOCKS])
-    part = potential([labelled(BLOCKS[0], [1]), labelled(BLOCKS[1], [])])
+    whole = potential([molecules.labelled(block, [0, 1]) for block in BLOCKS])
+    part = potential([molecules.labelled(BLOCKS[0], [1]), molecules.labelled(BLOCKS[1], [])])
     for a, b in zip(whole, part, strict=True):
         assert not b.forces[:, 0].any() and a.forces[:, 0].any()
         assert torch.equal(a.forces[:, 1], b.forces[:, 1])  # labels in one block: forces for all blocks
@@ -47,12 +38,12 @@ def test_a_level_without_labels_is_left_out_in_training(potential):
     for head in potential.net.heads:
         assert head.weight.grad is not None and torch.isfinite(head.weight.grad).all()
         assert not head.weight.grad[:2].any() and head.weight.grad[2].any()
-    evaluated = potential.eval()([labelled(block, []) for block in BLOCKS])
+    evaluated = potential.eval()([molecules.labelled(block, []) for block in BLOCKS])
     assert all(torch.equal(a.forces, b.forces) for a, b in zip(whole, evaluated, strict=True))
 
 
 def test_a_block_without_any_label_gives_zero_gradients(potential):
-    prediction = potential([labelled(block, []) for block in BLOCKS])
+    prediction = potential([molecules.labelled(block, []) for block in BLOCKS])
     # what a loss without labels amounts to: nothing, times everything
     sum(0.0 * (p.energy.sum() + p.forces.sum()) for p in prediction).backward()
     gradients = [p.grad for p in potential.parameters()]

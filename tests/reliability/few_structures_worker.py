@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from hpcmlip import dist
+from hpcmlip import dist, launch
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.training import rundir
 from hpcmlip.training.loop import Training
@@ -50,7 +50,7 @@ def watched(batches: Callable, seen: dict[int, list], *, unpadded: bool) -> Call
 
 def main() -> None:
     values, out, fault = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3]
-    world, device = dist.detect(), torch.device("cpu")
+    world, device = launch.detect(), torch.device("cpu")
     dist.start(world, folder=out, device=device, timeout_minutes=values["engine"]["timeout_minutes"])
     for number, store in enumerate(sys.argv[4:]):
         own = copy.deepcopy(values)

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hpcmlip import dist
+from hpcmlip import dist, launch
 from hpcmlip.batch import AtomsBatch, Prediction
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.data.dataset import Dataset
-from hpcmlip.dist import World
+from hpcmlip.launch import World
 from hpcmlip.models.potential import Potential, _Leaves
 from hpcmlip.training import setup
 from hpcmlip.training.engine import Engine, MicroBatch
@@ -99,7 +99,7 @@ def difference(values: dict, store: Path, world: World, stage: int, count: int, 
 
 def main() -> None:
     values, store, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3])
-    world = dist.detect()
+    world = launch.detect()
     dist.start(world, folder=out, device=torch.device("cpu"), timeout_minutes=2)
     found = {}
     for stage, count, how in CASES:

@@ -12,7 +12,7 @@ import torch
 from runs import RunDir, differences
 
 from hpcmlip.errors import UserError
-from hpcmlip.models import export
+from hpcmlip.models import card, export
 from hpcmlip.training import checkpoint, rundir
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -123,7 +123,7 @@ def no_digest_of_the_card(monkeypatch) -> str:
 
 def no_hash_of_the_weights(monkeypatch) -> str:
     def read(path: Path) -> tuple[Path, dict, bytes]:
-        return path / export.CARD, export._read_card(path / export.CARD), (path / export.WEIGHTS).read_bytes()
+        return path / export.CARD, card._read_card(path / export.CARD), (path / export.WEIGHTS).read_bytes()
 
     monkeypatch.setattr(export, "read_model", read)
     return "model"

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import yaml
 
-from hpcmlip import dist
+from hpcmlip import launch
 from hpcmlip.bench import forecast as bench
 from hpcmlip.config import TrainSection
 from hpcmlip.data.loader import TrainLoader, split_batches, split_work
@@ -192,7 +192,7 @@ def test_the_limit_of_a_control_group_counts_below_it(table, file, tmp_path):
     ],
 )
 def test_memory_that_slurm_gives(env, megabytes):
-    assert dist.memory_limit(env) == (megabytes and megabytes * 2**20)
+    assert launch.memory_limit(env) == (megabytes and megabytes * 2**20)
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -246,7 +246,7 @@ def test_two_ranks_foretell_together(run_values, launch, tmp_path):
 
 
 def test_too_little_memory_is_exit_1(quick, make_config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dist, "memory_limit", lambda: 10**6)
+    monkeypatch.setattr(launch, "memory_limit", lambda: 10**6)
     config = make_config(train={"epochs": 1})
     assert forecast.forecast(config, tmp_path / "mine", Signals(), as_json=False) == 1
     assert "will NOT fit" in capsys.readouterr().out

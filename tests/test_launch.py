@@ -2,8 +2,8 @@
 
 import pytest
 
-from hpcmlip.dist import World, detect, job_end
 from hpcmlip.errors import RunError
+from hpcmlip.launch import World, detect, job_end
 
 STEP = {
     "SLURM_JOB_ID": "17",
