@@ -33,7 +33,7 @@ from hpcmlip.models.potential import Potential
 
 COMPONENT = "energy + forces + backward of every model: structures/s, memory, beside hippynn and other programs"
 
-REFERENCE = "hippynn"
+REFERENCE, COMPILED = "hippynn", "{}, compiled"
 HIPPYNN = {"features": 128, "lmax": 2, "interactions": 2, "atom_layers": 3}
 """As the preset hipnn."""
 LONGEST = 5.0
@@ -96,6 +96,8 @@ def main(args: Sequence[str]) -> int:
             if options.peers and preset in PEERS:
                 programs.append(_peer(*PEERS[preset], numbers, pos, options))
         for program in programs:
+            program.process.step(FEW)  # none is made ready beside another that is timed
+        for program in programs:
             program.count = _affordable(program, options.molecules)
         timers = {program.name: partial(program.process.step, program.count) for program in programs}
         seconds = take_turns(timers, options.repeats)
@@ -105,12 +107,7 @@ def main(args: Sequence[str]) -> int:
             program.process.close()
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     result = {"rows": rows, "hippynn_kernels": fastest(trial), "torch": torch.__version__, **settings}
-    result["against_peers"] = _against_peers(options.models, programs, seconds)
-    result["compiled"] = {
-        preset: ratio(seconds[preset], seconds[f"{preset}, compiled"])
-        for preset in options.models
-        if f"{preset}, compiled" in seconds
-    }
+    result["comparisons"] = _comparisons(options.models, programs, seconds)
     _show(result)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +151,7 @@ def _hippynn(hippynn: Hippynn, kernels: str, numbers, pos, options) -> Program:
 
 
 def _ours(preset: str, numbers, pos, options, *, is_compiled: bool = False) -> Program:
-    name, step = (f"{preset}, compiled", _our_compiled_step) if is_compiled else (preset, _our_step)
+    name, step = (COMPILED.format(preset), _our_compiled_step) if is_compiled else (preset, _our_step)
     parameters = sum(p.numel() for p in _potential(preset).parameters() if p.requires_grad)
     return Program(OwnProcess(name, step, preset, numbers, pos, options.threads, options.device), parameters)
 
@@ -189,7 +186,6 @@ def _hippynn_step(kernels: str, device: str) -> Callable[..., Step]:
 def _affordable(program: Program, wanted: int) -> int:
     """Molecules that a step can have; doubled from a few on, since small steps tell little of large ones."""
     count = min(FEW, wanted)
-    program.process.step(count)
     while count < wanted:
         more = min(2 * count, wanted)
         if program.process.step(count) * more / count > LONGEST:
@@ -214,16 +210,16 @@ def _row(program: Program, seconds: dict[str, list[float]], reference_count: int
     }
 
 
-def _against_peers(presets: Sequence[str], programs: Sequence[Program], seconds: dict) -> dict:
-    """{preset: how many times as fast as its peer, median and quartiles}."""
-    counts = {program.name: program.count for program in programs}
-    found = {}
-    for preset in presets:
-        peer, _ = PEERS.get(preset, ("", ""))
-        if peer in counts:
-            own, theirs = ([s / counts[name] for s in seconds[name]] for name in (preset, peer))
-            median, quartiles = ratio(theirs, own)
-            found[preset] = {"peer": peer, "times": median, "quartiles": quartiles}
+def _comparisons(presets: Sequence[str], programs: Sequence[Program], seconds: dict) -> list[dict]:
+    """How many times as many structures/s a preset does as its peer, and compiled as not: median and quartiles."""
+    own = {p.name: [s / p.count for s in seconds[p.name]] for p in programs}
+    pairs = [(preset, PEERS[preset][0]) for preset in presets if preset in PEERS]
+    pairs += [(COMPILED.format(preset), preset) for preset in presets]
+    found = []
+    for name, other in pairs:
+        if name in own and other in own:
+            median, quartiles = ratio(own[other], own[name])
+            found.append({"program": name, "beside": other, "times": median, "quartiles": quartiles})
     return found
 
 
@@ -239,11 +235,11 @@ def _show(result: dict) -> None:
     for row in result["rows"]:
         if row["note"]:
             console.print(f"{row['program']}: {row['note']}", markup=False)
-    for preset, found in result["against_peers"].items():
+    for found in result["comparisons"]:
         low, high = found["quartiles"]
-        console.print(f"{preset} is {found['times']} times as fast as {found['peer']} (quartiles {low} to {high})")
-    for preset, (times, (low, high)) in result["compiled"].items():
-        console.print(f"{preset} is {times} times as fast compiled (quartiles {low} to {high})")
+        console.print(
+            "{program} is {times} times as fast as {beside}".format(**found) + f" (quartiles {low} to {high})"
+        )
     settings = " ".join(f"{key}={result[key]}" for key in ("atoms", "threads", "device", "repeats", "torch"))
     console.print(f"{settings}; memory is the growth by a step beyond the model itself")
     print(json.dumps(result))
