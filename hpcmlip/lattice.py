@@ -1,12 +1,20 @@
-"""Cells of periodic structures, without torch: have they a volume, how near come the atoms and their images?"""
+"""What decides about neighbours, without torch: who needs lists, has a cell a volume, how near do images come?"""
 
 import numpy as np
+
+LARGEST_DENSE = 64
+"""Atoms up to which molecules are computed with all their pairs, and a store holds the pairs of each graph."""
 
 FLAT = 0.1
 """Å."""
 
 MOST_BINS = 1e5
 """Of vesin, which merges bins beyond it, and divides by zero where an axis has fewer than it would merge into one."""
+
+
+def needs_lists(num_atoms: int, *, periodic: bool) -> bool:
+    """Are such structures computed with neighbour lists, not with all pairs of atoms?"""
+    return periodic or num_atoms > LARGEST_DENSE
 
 
 def lacks_volume(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:

@@ -8,10 +8,7 @@ import torch
 from vesin import NeighborList
 
 from hpcmlip.graph import DenseTopology, ListTopology, Topology
-from hpcmlip.lattice import search_radius
-
-LARGEST_DENSE = 64
-"""Atoms up to which molecules are computed with all their pairs."""
+from hpcmlip.lattice import needs_lists, search_radius
 
 
 def topology(
@@ -22,9 +19,9 @@ def topology(
     `cell` [B, 3, 3] Å and `pbc` [B, 3] as in `neighbour_lists`.
     """
     B, N = pos.shape[:2]
-    if N <= LARGEST_DENSE and (pbc is None or not np.any(pbc)):
-        return DenseTopology(B, N)
-    return neighbour_lists(pos, cutoff, cell=cell, pbc=pbc)
+    if needs_lists(N, periodic=pbc is not None and bool(np.any(pbc))):
+        return neighbour_lists(pos, cutoff, cell=cell, pbc=pbc)
+    return DenseTopology(B, N)
 
 
 def neighbour_lists(

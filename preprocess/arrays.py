@@ -6,8 +6,8 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
-from hpcmlip.data.adjacency import LARGEST
 from hpcmlip.data.store import GroupMeta
+from hpcmlip.lattice import LARGEST_DENSE
 
 MOLECULES_CHUNK = 1 << 20
 
@@ -37,7 +37,7 @@ def specs(num_atoms: int, num_levels: int, num_force_levels: int, *, periodic: b
     ]
     if periodic:
         found += [ArraySpec("cell", "float64", (3, 3)), ArraySpec("pbc", "bool", (3,))]
-    elif N <= LARGEST:
+    elif N <= LARGEST_DENSE:
         found.append(ArraySpec("adjacency", "uint8", ((N * N + 7) // 8,)))
     if Lf:
         found.append(ArraySpec("forces", "float32", (Lf, N, 3)))

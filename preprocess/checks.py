@@ -6,8 +6,9 @@ import numpy as np
 from ase.data import covalent_radii
 
 from hpcmlip import lattice
-from hpcmlip.data.adjacency import LARGEST, squared_distances
+from hpcmlip.data.adjacency import squared_distances
 from hpcmlip.data.store import energy_bit, forces_bit
+from hpcmlip.lattice import LARGEST_DENSE
 from hpcmlip.preprocess.job import Job
 from hpcmlip.preprocess.readers import Rows
 from hpcmlip.units import SYMBOLS
@@ -85,7 +86,7 @@ def nearest_pairs(pos: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     R, N = pos.shape[:2]
     if N == 1:
         return np.full(R, np.inf), np.zeros(R, dtype=int), np.zeros(R, dtype=int)
-    if N > LARGEST:
+    if N > LARGEST_DENSE:
         from scipy.spatial import cKDTree  # a tenth of a second that few data sets need
 
         found = [cKDTree(x).query(x, k=2) for x in pos]

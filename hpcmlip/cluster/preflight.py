@@ -23,7 +23,7 @@ def check(experiment: Experiment, site: Site, *, local_ranks: int | None) -> Non
     for micro_batches in {config.train.micro_batches_per_step for config in configs}:
         _check_ranks(micro_batches, site, local_ranks)
     for data in _different_data(configs):
-        _check_data(data)
+        Dataset.open(data.stores, data.levels).check_labels()
         if experiment.evaluation is not None:
             _check_evaluation(experiment.evaluation, data)
     _check_transfers(configs)
@@ -46,13 +46,6 @@ def _check_ranks(micro_batches: int, site: Site, local_ranks: int | None) -> Non
         raise ConfigError(
             f"--ranks {local_ranks} does not divide train.micro_batches_per_step = {micro_batches}; change one of them"
         )
-
-
-def _check_data(data: DataSection) -> None:
-    dataset = Dataset.open(data.stores, data.levels)
-    for split in ("train", "val"):
-        if not dataset.count(split):
-            raise ConfigError(f"no structure of the split '{split}' carries a label of {', '.join(data.levels)}")
 
 
 def _check_transfers(configs: Iterable[RunConfig]) -> None:

@@ -2,9 +2,6 @@
 
 import numpy as np
 
-LARGEST = 64
-"""Atoms up to which a store holds adjacency; beyond, neighbours are found when needed."""
-
 
 def pack(pos: np.ndarray, cutoff: float) -> np.ndarray:
     """[R, N, 3] float32 Å -> [R, ceil(N·N/8)] uint8: bit i·N+j, most significant first, is dist(i, j) < cutoff, i != j.

@@ -12,7 +12,7 @@ from hpcmlip.batch import DataSpec
 from hpcmlip.data import offsets, plan
 from hpcmlip.data.store import GroupMeta, Level, Store, energy_bit, forces_bit, open_store
 from hpcmlip.errors import ConfigError
-from hpcmlip.neighbours import LARGEST_DENSE
+from hpcmlip.lattice import needs_lists
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,41 @@ class Dataset:
         """Structures of a split that carry a wanted label."""
         return sum(group.rows.count for group in self.groups(split))
 
+    def num_labels(self, split: str) -> dict[tuple[str, str], int]:
+        """{(level, "energy" | "forces"): structures of a split that carry this label}, of all wanted ones."""
+        found = dict.fromkeys(_wanted(self.spec), 0)
+        for store in self.stores:
+            bits = _label_bits(store, self.spec)
+            for segment in (s for meta in store.meta.groups for s in meta.segments if s.split == split):
+                for label, bit in bits.items():
+                    found[label] += segment.stop - segment.start if segment.labels & bit else 0
+        return found
+
+    def check_labels(self) -> None:
+        """Raises ConfigError if a wanted label is nowhere in the training split, or none is in the validation split;
+        warns of one that is nowhere in the validation split."""
+        for (level, prop), count in self.num_labels("train").items():
+            if not count:
+                way = f"take '{level}' out of data.levels" if prop == "energy" else f"write '{level}: E'"
+                raise ConfigError(
+                    f"data.levels: no structure of the training split has {prop} of '{level}', so a model could not "
+                    f"learn it: {way}, or shard with another split"
+                )
+        if not self.count("val"):
+            raise ConfigError(
+                f"no structure of the validation split carries a label of {', '.join(self.spec.levels)}: "
+                "shard with a larger validation fraction, the best model is chosen there"
+            )
+        for (level, prop), count in self.num_labels("val").items():
+            if not count:
+                log.warning(
+                    "no structure of the validation split has %s of '%s': the best model is chosen without regard to "
+                    "it; a larger validation fraction, or a split by conformation, would hold some",
+                    *(prop, level),
+                )
+
     def _rows(self, store: Store, meta: GroupMeta, split: str) -> plan.Rows:
-        bits = 0
-        names = [level.name for level in store.meta.levels]
-        for i, name in enumerate(self.spec.levels):
-            if name in names:
-                bits |= energy_bit(names.index(name))
-                bits |= forces_bit(names.index(name)) if i in self.spec.force_levels else 0
+        bits = sum(_label_bits(store, self.spec).values())
         ranges = [(s.start, s.stop) for s in meta.segments if s.split == split and s.labels & bits]
         return plan.wanted_rows(meta.num_atoms, ranges, meta.rows_per_chunk, periodic=store.meta.periodic)
 
@@ -93,7 +121,20 @@ class Group:
     @property
     def has_lists(self) -> bool:
         """Are its structures computed with neighbour lists, not with all pairs of atoms?"""
-        return self.store.meta.periodic or self.meta.num_atoms > LARGEST_DENSE
+        return needs_lists(self.meta.num_atoms, periodic=self.store.meta.periodic)
+
+
+def _wanted(spec: DataSpec) -> list[tuple[str, str]]:
+    """(level, "energy" | "forces") of all labels asked for."""
+    forces = [(spec.levels[i], "forces") for i in spec.force_levels]
+    return [(name, "energy") for name in spec.levels] + forces
+
+
+def _label_bits(store: Store, spec: DataSpec) -> dict[tuple[str, str], int]:
+    """(level, "energy" | "forces") -> bit in the store's label masks, of the wanted levels that it holds."""
+    bit_of = {"energy": energy_bit, "forces": forces_bit}
+    places = {level.name: i for i, level in enumerate(store.meta.levels)}
+    return {(name, prop): bit_of[prop](places[name]) for name, prop in _wanted(spec) if name in places}
 
 
 def _holders(stores: Sequence[Store], name: str, labels: str) -> list[tuple[Store, Level, int]]:

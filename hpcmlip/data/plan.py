@@ -12,6 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
+from hpcmlip.lattice import needs_lists
+
 WINDOW = 4
 """Pieces whose rows are shuffled together: large enough to mix molecules, small enough to stay in memory."""
 
@@ -46,7 +48,7 @@ def pairs(num_atoms: int, *, periodic: bool) -> int:
 
     Lists count as `LIST_LENGTH` whatever the cutoff: a plan follows from counts alone.
     """
-    return num_atoms * (LIST_LENGTH if periodic else min(num_atoms, LIST_LENGTH))
+    return num_atoms * (LIST_LENGTH if needs_lists(num_atoms, periodic=periodic) else num_atoms)
 
 
 def wanted_rows(
@@ -152,7 +154,9 @@ def plan(
     # a batch ends in the block in which it reaches its share, so the share leaves room for one block
     share = budget - budget // blocks_per_batch
     steps = max([1, *(int(-(-c.sum() // share)) for c in costs)])
-    return [StreamPlan(b, _edges(c, steps)) for b, c in zip(streams, costs, strict=True)]
+    taken_in = [_steps(c, steps) for c in costs]
+    steps = max([1, *(int(own[-1]) + 1 for own in taken_in if len(own))])
+    return [StreamPlan(b, np.searchsorted(own, np.arange(steps + 1))) for b, own in zip(streams, taken_in, strict=True)]
 
 
 def _cut(count: int, size: int, stream: int, num_streams: int, shift: int) -> np.ndarray:
@@ -163,12 +167,15 @@ def _cut(count: int, size: int, stream: int, num_streams: int, shift: int) -> np
     return np.column_stack([edges[:-1], edges[1:]])
 
 
-def _edges(costs: np.ndarray, steps: int) -> np.ndarray:
-    """Cut blocks into `steps` consecutive runs of about equal costs (pairs)."""
+def _steps(costs: np.ndarray, steps: int) -> np.ndarray:
+    """[n] the step of each block, so that at most `steps` have about equal costs (pairs); none is left empty between.
+
+    A block that costs more than a step takes one all the same.
+    """
     ends = np.cumsum(costs)
     total = int(ends[-1]) if len(ends) else 0
-    share = (ends - costs) * steps // max(total, 1)  # the batch in which a block begins
-    return np.searchsorted(share, np.arange(steps + 1))
+    begins_in = (ends - costs) * steps // max(total, 1)
+    return np.minimum(np.diff(begins_in, prepend=begins_in[:1]), 1).cumsum()
 
 
 def work(groups: Sequence[Rows], streams: Sequence[StreamPlan]) -> np.ndarray:

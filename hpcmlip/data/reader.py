@@ -3,7 +3,6 @@
 A decoded piece lives in the cache, a window is a permuted copy of some pieces, a block is a slice of a window.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
@@ -24,26 +23,29 @@ T = TypeVar("T")
 
 
 class Cache(Generic[T]):
-    """Values by key; those used last are kept, within `room` bytes."""
+    """Values by key; the first are kept, as many as `room` bytes hold.
+
+    An epoch asks for everything once, in an order of its own: half the room then spares half the work. Keeping what was
+    used last instead would spare a sixth.
+    """
 
     def __init__(self, room: float, size: Callable[[T], int]):
         self._room, self._size = room, size
-        self._values: OrderedDict[Hashable, T] = OrderedDict()
+        self._values: dict[Hashable, T] = {}
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key, made where it is not kept."""
         if key in self._values:
-            self._values.move_to_end(key)
             return self._values[key]
-        value = self._values[key] = make()
-        self._room -= self._size(value)
-        while self._room < 0 and len(self._values) > 1:
-            self._room += self._size(self._values.popitem(last=False)[1])
+        value = make()
+        if self._size(value) <= self._room:
+            self._room -= self._size(value)
+            self._values[key] = value
         return value
 
 
 class Reader:
-    """Decodes pieces of groups into what a network of a cutoff (Å) takes; keeps the last pieces and neighbour lists.
+    """Decodes pieces of groups into what a network of a cutoff (Å) takes; keeps some pieces and neighbour lists.
 
     Each of the two has room for `cache_bytes`.
     """

@@ -24,6 +24,7 @@ from hpcmlip.evaluation.sums import Result, Sums, result_sums
 from hpcmlip.evaluation.task import Task, prepare
 from hpcmlip.launch import World
 from hpcmlip.plugins import suggest
+from hpcmlip.training.setup import choose_device
 from hpcmlip.units import ENERGY_UNITS
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def evaluate(runs: Sequence[Path], store: Path, *, split: str, out: Path, unit: 
         raise ConfigError(f"there is no energy unit '{unit}'{suggest(unit, ENERGY_UNITS)}")
     found = members.find_members(runs, at_least=min_members)
     world = launch.detect()
-    device = _device(world.local_rank)
+    device = choose_device("auto", world)
     task = prepare(found.runs, store, split, device)
     partial = _folder(Path(out)) / PARTIAL
     if world.size > 1:
@@ -59,7 +60,7 @@ def evaluate(runs: Sequence[Path], store: Path, *, split: str, out: Path, unit: 
                 (partial / "spill").mkdir(parents=True)
         with dist.together("the evaluation"):
             part = _run(task, world, Spill(partial / "spill", world.rank))
-        sums = _reduce(part, device)
+        sums = _reduce(part)
         with dist.together("writing the evaluation"):
             if world.rank == 0:
                 figure = figures.metrics(sums, task.levels, task.sizes, unit)
@@ -76,12 +77,6 @@ def _folder(out: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot make the output folder {out}: {error.strerror}; give another --out") from None
     return out
-
-
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def _run(task: Task, world: World, spill: Spill) -> Sums:
@@ -149,7 +144,6 @@ def _result(task: Task, block: AtomsBatch, numbers: np.ndarray, answer: members.
     )
 
 
-def _reduce(sums: Sums, device: torch.device) -> Sums:
+def _reduce(sums: Sums) -> Sums:
     """The sums of all ranks."""
-    total = dist.all_sum(torch.from_numpy(sums.flat()).to(device))
-    return sums.from_flat(total.cpu().numpy())
+    return sums.from_flat(dist.all_sum(torch.from_numpy(sums.flat())).numpy())

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import stdtrit  # Student's t; scipy.stats takes half a second to import
 
 from hpcmlip.evaluation.sums import SPREAD_COLUMNS, Sums
-from hpcmlip.training.errors import PROPERTIES
+from hpcmlip.training.errors import PROPERTIES, level_figures, mae_rmse, unit_of
 from hpcmlip.units import ENERGY_UNITS
 
 CONFIDENCE = 0.95
@@ -28,33 +28,9 @@ def interval(values: Sequence[float]) -> float | None:
     return float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2) * np.std(values, ddof=1) / np.sqrt(n))
 
 
-def unit_of(prop: str, unit: str) -> str:
-    """Unit of a property's figures where energies are in `unit`."""
-    return unit if prop == "energy" else f"{unit}/Å"
-
-
-def _errors(sums: np.ndarray, unit: str) -> dict:
-    """(count, Σ|e|, Σe²) in eV -> {"mae", "rmse"} in `unit`."""
-    count, absolute, square = sums
-    scale = ENERGY_UNITS[unit]
-    return {"mae": float(absolute / count / scale), "rmse": float(np.sqrt(square / count) / scale)}
-
-
-def level_figures(sums: np.ndarray, levels: Sequence[str], unit: str) -> dict:
-    """{level: {property: {"mae", "rmse", "unit", "count"}}} of [L, 2, 3]; a property without labels is left out."""
-    return {
-        name: {
-            prop: _errors(sums[i, column], unit) | {"unit": unit_of(prop, unit), "count": int(sums[i, column, 0])}
-            for column, prop in enumerate(PROPERTIES)
-            if sums[i, column, 0] > 0
-        }
-        for i, name in enumerate(levels)
-    }
-
-
 def estimates(sums: np.ndarray, unit: str) -> dict:
     """[P, 3] -> means over members and half-widths of their interval: {"mae", "rmse", "ci95_mae", "ci95_rmse"}."""
-    members = [_errors(own, unit) for own in sums]
+    members = [mae_rmse(own, unit) for own in sums]
     means = {key: float(np.mean([m[key] for m in members])) for key in ("mae", "rmse")}
     return means | {f"ci95_{key}": interval([m[key] for m in members]) for key in ("mae", "rmse")}
 

@@ -249,7 +249,7 @@ class Ensemble:
         spec = member.spec
         species = [member.species_of[z] for z in numbers]
         inputs = [
-            replace(block, species=torch.from_numpy(s.reshape(-1)), energy=None, forces=None).to(
+            replace(block, species=torch.from_numpy(s.reshape(-1)), energy=None, forces=None, force_labels=None).to(
                 self.device, self.dtype
             )
             for block, s in zip(blocks, species, strict=True)

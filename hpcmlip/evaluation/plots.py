@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from hpcmlip.evaluation import plot_data
-from hpcmlip.evaluation.figures import unit_of
 from hpcmlip.evaluation.plot_data import Curve, Points
 from hpcmlip.evaluation.table import number
-from hpcmlip.training.errors import PROPERTIES
+from hpcmlip.training.errors import PROPERTIES, unit_of
 
 STYLE = {
     "font.size": 9,

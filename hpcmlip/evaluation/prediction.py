@@ -20,7 +20,9 @@ from hpcmlip.errors import DataError
 from hpcmlip.evaluation.members import Ensemble, find_members, load_members
 from hpcmlip.evaluation.sums import std
 from hpcmlip.lattice import lacks_volume
+from hpcmlip.launch import World
 from hpcmlip.neighbours import topology
+from hpcmlip.training.setup import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def predict(models: Sequence[Path], structures: Path, out: Path, *, level: str |
     found = find_members(models)
     for item in found.left_out:
         log.warning("left out: %s: %s", item["run"], item["reason"])
-    ensemble = load_members(found.runs)
+    ensemble = load_members(found.runs, device=choose_device("auto", World()))
     level = level or default_level(ensemble)
     ensemble.check_level(level)
     temporary = Path(out).with_name(f".{Path(out).name}.{os.getpid()}.tmp")

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hpcmlip.evaluation.figures import unit_of
+from hpcmlip.training.errors import unit_of
 
 HEADER = ("level", "property", "trained", "MAE", "RMSE", "ensemble", "baseline", "labels")
 FIRST_NUMBER = 3

@@ -64,9 +64,9 @@ class Potential(nn.Module):
 
         `force_levels` are indices into `spec.levels` (None: `spec.force_levels`; empty: no forces). With `stress` the
         predictions of periodic blocks have [B, len(force_levels), 3, 3] eV/Å³ of the same levels. One reverse pass a
-        level serves all blocks together, since structures do not interact. In training mode (and where gradients are
-        on) the result can be differentiated, and a level without a force label in any of the blocks is left out (unless
-        compiled): its plane is 0. In evaluation mode the result carries no graph if forces were asked for. Raises
+        level serves all blocks together, since structures do not interact. A level of which no block has a force label
+        by its `force_labels` is left out (unless compiled): its plane is 0. In training mode (and where gradients are
+        on) the result can be differentiated. In evaluation mode it carries no graph if forces were asked for. Raises
         DataError for a periodic block if the model is for molecules only, and if a model that is not conservative is
         asked for stress or for forces of another level than `spec.force_levels`.
         """
@@ -77,7 +77,7 @@ class Potential(nn.Module):
             return [_plain(self._evaluate(_Leaves(block, block.pos))) for block in blocks]
         if not self.is_conservative:
             return [_direct(self._evaluate(_Leaves(block, block.pos)), levels, differentiable) for block in blocks]
-        wanted = [level for level in levels if not (self.training and _unlabelled(self.spec, blocks, level))]
+        wanted = [level for level in levels if not _unlabelled(self.spec, blocks, level)]
         if not (differentiable and wanted and self._compiled):
             return self._derive(blocks, levels, wanted, stress, differentiable)
         molecules = [Compiled.takes(block.topology) for block in blocks]

@@ -24,8 +24,9 @@ class Average:
         """Take in the parameters after an update: average = d average + (1 - d) parameter."""
         decay = ema_decay(self._decay, self.updates)
         self.updates += 1
-        for name, tensor in self.tensors.items():
-            tensor.lerp_(self._parameters[name].detach(), 1 - decay)
+        if self.tensors:
+            new = [self._parameters[name].detach() for name in self.tensors]
+            torch._foreach_lerp_(list(self.tensors.values()), new, 1 - decay)
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:

@@ -70,7 +70,7 @@ class Engine:
         loss = float(self.objective.value(total))
         if not (math.isfinite(loss) and bool(torch.isfinite(total).all())):
             return StepResult(math.nan, False, flags)
-        slope = self.objective.slope(total)
+        slope = self.objective.slope(total).to(self.device)
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         return StepResult(loss, self._update(local, slope), flags)
@@ -100,7 +100,7 @@ class Engine:
     def _gradients_finite(self) -> bool:
         """At stage 0, where every rank holds the same averaged gradients."""
         gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
-        return bool(torch.stack([torch.isfinite(g).all() for g in gradients]).all())
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, math.inf)))
 
     def bad_sources(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
         """(store, file, group, row) of the structures of this rank whose energies, forces or labels are not finite."""
@@ -198,7 +198,7 @@ def _initialize(objective: Objective, config: RunConfig, world: World, per_rank:
         model=objective,
         optimizer=_optimizer(config.optim, trainable),
         dist_init_required=False,
-        config=_deepspeed_config(config, per_rank, world),
+        config=_deepspeed_config(config, per_rank, world, sum(p.numel() for p in trainable)),
     )
     return engine
 
@@ -230,7 +230,7 @@ def _optimizer(optim: OptimSection, parameters: Sequence[torch.nn.Parameter]) ->
     )
 
 
-def _deepspeed_config(config: RunConfig, per_rank: int, world: World) -> dict:
+def _deepspeed_config(config: RunConfig, per_rank: int, world: World, num_weights: int) -> dict:
     return {
         # only their product matters to DeepSpeed; ours are micro-batches of changing size
         "train_micro_batch_size_per_gpu": 1,
@@ -238,9 +238,17 @@ def _deepspeed_config(config: RunConfig, per_rank: int, world: World) -> dict:
         "train_batch_size": per_rank * world.size,
         "gradient_clipping": config.optim.clip_norm,
         "prescale_gradients": False,
-        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": False},
+        # its own sizes are for 2 GB of gradients, which would be taken of a GPU whatever the model
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": num_weights,
+            "allgather_bucket_size": num_weights,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # it would wait for the GPU around every pass
+        "timers": {"throughput": {"enabled": False}},
     }

@@ -3,8 +3,10 @@
 Never a mean of means: ranks, blocks and steps hold different numbers of atoms and labels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,22 +74,25 @@ def _column_sums(error: Tensor, mask: Tensor, penalties: Sequence[Penalty], unit
     return torch.stack([mask.double().sum(0), *values], dim=1)
 
 
-def figures(spec: DataSpec, sums: Tensor, unit: str = "kcal/mol") -> dict[str, dict[str, dict]]:
-    """{level: {"energy" | "forces": {"mae", "rmse", "unit", "count"}}} of globally reduced sums [L, 2, 3].
+def unit_of(prop: str, unit: str) -> str:
+    """Unit of a property's figures where energies are in `unit`."""
+    return unit if prop == "energy" else f"{unit}/Å"
 
-    A property without any label is left out. Forces are in `unit`/Å.
-    """
+
+def mae_rmse(sums: Sequence[float], unit: str) -> dict[str, float]:
+    """{"mae", "rmse"} in `unit` of (count, Σ|e|, Σe²) in eV."""
+    count, absolute, square = map(float, sums)
     scale = ENERGY_UNITS[unit]
-    result: dict[str, dict[str, dict]] = {}
-    for level, name in enumerate(spec.levels):
-        result[name] = {}
-        for column, prop in enumerate(PROPERTIES):
-            count, absolute, square = sums[level, column].tolist()
-            if count:
-                result[name][prop] = {
-                    "mae": absolute / count / scale,
-                    "rmse": (square / count) ** 0.5 / scale,
-                    "unit": unit if prop == "energy" else f"{unit}/Å",
-                    "count": round(count),
-                }
-    return result
+    return {"mae": absolute / count / scale, "rmse": math.sqrt(square / count) / scale}
+
+
+def level_figures(sums: np.ndarray, levels: Sequence[str], unit: str) -> dict[str, dict[str, dict]]:
+    """{level: {property: {"mae", "rmse", "unit", "count"}}} of [L, 2, 3]; a property without labels is left out."""
+    return {
+        name: {
+            prop: mae_rmse(own, unit) | {"unit": unit_of(prop, unit), "count": round(float(own[0]))}
+            for prop, own in zip(PROPERTIES, sums[level], strict=True)
+            if own[0] > 0
+        }
+        for level, name in enumerate(levels)
+    }

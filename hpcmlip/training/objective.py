@@ -136,4 +136,4 @@ class Objective(nn.Module):
 
 def surrogate(local: Tensor, slope: Tensor, num_ranks: int) -> Tensor:
     """Scalar whose gradient, averaged over ranks and added over micro-batches, is that of the objective of the step."""
-    return num_ranks * (slope.to(local.device) * local).sum()
+    return num_ranks * (slope * local).sum()

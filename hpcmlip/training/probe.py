@@ -14,10 +14,10 @@ from hpcmlip.data import plan
 from hpcmlip.data.loader import split_batches, split_work
 from hpcmlip.errors import RunError
 from hpcmlip.training.engine import MicroBatch
-from hpcmlip.training.errors import error_sums
 from hpcmlip.training.loop import Training
 from hpcmlip.training.objective import surrogate
 from hpcmlip.training.records import Progress
+from hpcmlip.training.validation import batch_sums
 
 WARM_UP_STEPS = 5
 STEPS = 50
@@ -111,7 +111,8 @@ def _forward_backward(training: Training, micro_batch: MicroBatch) -> None:
     objective = training.engine.objective.train()
     sums = objective([block.to(training.engine.device) for block in micro_batch])
     parameters = list(training.engine.parameters().values())
-    torch.autograd.grad(surrogate(sums, objective.slope(sums.cpu()), 1), parameters, allow_unused=True)
+    slope = objective.slope(sums.cpu()).to(sums.device)
+    torch.autograd.grad(surrogate(sums, slope, 1), parameters, allow_unused=True)
 
 
 def _steps(training: Training) -> tuple[Timed, float, list[MicroBatch]]:
@@ -158,19 +159,11 @@ def _validation(training: Training) -> Timed:
     objective, dataset, config = training.engine.objective.eval(), training.dataset, training.config
     work, seconds = [], []
 
-    def evaluate(micro_batch: MicroBatch) -> None:
-        blocks = [block.to(training.engine.device) for block in micro_batch]
-        with torch.no_grad():
-            predictions = objective.potential(blocks)
-            objective.sums(blocks, predictions)
-            for block, prediction in zip(blocks, predictions, strict=True):
-                error_sums(dataset.spec, block, prediction)
-        _synchronize()
-
     while sum(seconds) < VALIDATION_SECONDS:
         last = time.perf_counter()
         for micro_batch in split_batches(dataset, config.data, "val", cutoff=config.model.cutoff, rank=0, size=1):
-            evaluate(micro_batch)
+            batch_sums(objective, micro_batch)
+            _synchronize()
             now = time.perf_counter()
             work.append(_work(micro_batch))
             seconds.append(now - last)

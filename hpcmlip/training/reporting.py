@@ -160,7 +160,7 @@ class Reporter:
             shown.close()
 
     def validation(self, *, step: int, epoch: int, objective: float, unit: str, levels: dict, is_best: bool) -> None:
-        """The validation split was evaluated; `levels` as `errors.figures`."""
+        """The validation split was evaluated; `levels` as `errors.level_figures`."""
         if not self._enabled:
             return
         self._metrics.add(kind="validation", step=step, epoch=epoch, objective=objective, unit=unit, levels=levels)

@@ -12,7 +12,7 @@ from hpcmlip.launch import World
 def open_loader(config: RunConfig, dataset: Dataset, world: World) -> TrainLoader:
     """Training batches of this rank's streams.
 
-    Raises ConfigError if there is nothing to train on or validate with, or if the model does not cover the structures.
+    Raises ConfigError if the model does not cover the structures, or as `Dataset.check_labels`.
     """
     limits = config.model.limits
     if "periodic" in limits and any(store.meta.periodic for store in dataset.stores):
@@ -20,11 +20,7 @@ def open_loader(config: RunConfig, dataset: Dataset, world: World) -> TrainLoade
             f"data.stores hold periodic structures, which model '{config.model.kind}' does not compute: "
             f"{limits['periodic']}"
         )
-    if not dataset.count("val"):
-        raise ConfigError(
-            f"no structure of the validation split carries a label of {', '.join(dataset.spec.levels)}: "
-            "shard with a larger validation fraction, the best model is chosen there"
-        )
+    dataset.check_labels()
     M = config.train.micro_batches_per_step
     own = range(world.rank * M // world.size, (world.rank + 1) * M // world.size)
     return TrainLoader(

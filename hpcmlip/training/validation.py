@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hpcmlip import dist
 from hpcmlip.config import RunConfig
@@ -11,7 +12,7 @@ from hpcmlip.data.dataset import Dataset
 from hpcmlip.data.loader import split_batches
 from hpcmlip.launch import World
 from hpcmlip.training.engine import MicroBatch
-from hpcmlip.training.errors import error_sums, figures
+from hpcmlip.training.errors import error_sums, level_figures
 from hpcmlip.training.objective import Objective
 
 
@@ -22,7 +23,7 @@ class Validation:
     objective: float
     """In `Objective.unit`."""
     levels: dict
-    """As `errors.figures`."""
+    """As `errors.level_figures`."""
 
 
 def validate(
@@ -46,12 +47,9 @@ def validate(
         if is_stopping():
             stopped = True
             break
-        blocks = [block.to(device) for block in micro_batch]
-        with torch.no_grad():
-            predictions = objective.potential(blocks)
-            sums.append(objective.sums(blocks, predictions))
-            for block, prediction in zip(blocks, predictions, strict=True):
-                errors += error_sums(dataset.spec, block, prediction)
+        own, wrong = batch_sums(objective, micro_batch)
+        sums.append(own)
+        errors += wrong
     # a rank without a batch does not know how many sums the model needs
     length = max(dist.gather(len(sums[0]) if sums else 0))
     own = sum(sums) if sums else torch.zeros(length, dtype=torch.float64, device=device)
@@ -61,4 +59,15 @@ def validate(
         return None
     errors, total = total[1 : 1 + errors.numel()].reshape(errors.shape), total[1 + errors.numel() :]
     # one rank's value for all: whether it is the best must not hang on a last digit
-    return Validation(dist.broadcast(float(objective.value(total))), figures(dataset.spec, errors, config.loss.unit))
+    value = dist.broadcast(float(objective.value(total)))
+    return Validation(value, level_figures(errors.numpy(), dataset.spec.levels, config.loss.unit))
+
+
+def batch_sums(objective: Objective, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Sums of the objective [S] and of the errors [L, 2, 3] (`error_sums`), without gradient."""
+    device = next(objective.parameters()).device
+    blocks = [block.to(device) for block in micro_batch]
+    with torch.no_grad():
+        predictions = objective.potential(blocks)
+        errors = [error_sums(objective.spec, *pair) for pair in zip(blocks, predictions, strict=True)]
+        return objective.sums(blocks, predictions), sum(errors)

@@ -139,13 +139,11 @@ def test_neighbour_lists_of_a_small_cache_are_the_same(box_store, dataset):
         loader.close()
 
 
-def test_the_cache_keeps_what_was_used_last():
+def test_half_the_room_spares_half_the_work_of_later_epochs():
     made = []
-    cache = Cache(room=30, size=lambda value: value)
-
-    def get(key) -> None:
-        cache.get(key, lambda: made.append(key) or 10)
-
-    for key in ("a", "b", "c", "a", "d", "a", "b"):  # d drives b out
-        get(key)
-    assert made == ["a", "b", "c", "d", "b"]
+    cache = Cache(room=50, size=lambda _value: 1)
+    generator = np.random.default_rng(0)
+    for _epoch in range(3):
+        for key in generator.permutation(100).tolist():
+            assert cache.get(key, lambda key=key: made.append(key) or str(key)) == str(key)
+    assert len(made) == 100 + 50 + 50

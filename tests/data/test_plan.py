@@ -100,3 +100,21 @@ def test_one_structure_beyond_the_budget_stands_alone():
     streams = plan.plan(groups, num_streams=1, budget=1000, blocks_per_batch=4, seed=0)
     big = [b for t in range(len(streams[0].edges) - 1) for b in streams[0].micro_batch(t) if b[0] == 0]
     assert all(stop - start == 1 for _, start, stop in big)
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 5])
+@pytest.mark.parametrize("budget", [4000, 20000, 60000])
+def test_no_step_is_empty_where_structures_are_large(num_streams, budget):
+    # boxes of 300 atoms count 19200 pairs each: more than a step's share, or than its whole budget
+    boxes = plan.wanted_rows(300, [(0, 83)], 10, periodic=True)
+    for groups in ([boxes], [boxes, plan.wanted_rows(3, [(0, 4000)], 100)]):
+        for epoch in range(3):
+            streams = plan.plan(groups, num_streams=num_streams, budget=budget, blocks_per_batch=4, seed=1, epoch=epoch)
+            work = plan.work(groups, streams)
+            assert work[..., 0].any(axis=1).all()
+            assert work[..., 2].sum() == sum(rows.count * rows.pairs for rows in groups)
+
+
+def test_a_large_molecule_counts_its_lists():
+    assert plan.pairs(64, periodic=False) == 64**2
+    assert plan.pairs(100, periodic=False) == plan.pairs(100, periodic=True) == 100 * plan.LIST_LENGTH

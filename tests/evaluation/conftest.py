@@ -12,7 +12,7 @@ from hpcmlip.data.loader import TrainLoader
 from hpcmlip.evaluation.ensemble import evaluate
 from hpcmlip.models.export import save_model
 from hpcmlip.models.potential import Potential
-from hpcmlip.training.errors import error_sums, figures
+from hpcmlip.training.errors import error_sums, level_figures
 from hpcmlip.training.rundir import RunDirectory, write_end
 
 LEVELS = {"dz": "EF", "cc": "E"}
@@ -47,7 +47,7 @@ def make_member(
             optimizer.step()
             if step % 10 == 0:
                 record = {"kind": "validation", "step": step, "epoch": step / 10, "objective": float(loss.detach())}
-                levels_now = figures(dataset.spec, sums.detach())
+                levels_now = level_figures(sums.detach().numpy(), dataset.spec.levels, "kcal/mol")
                 log.write(json.dumps(record | {"unit": "kcal/mol", "levels": levels_now}) + "\n")
     loader.close()
     card = {
