@@ -104,7 +104,7 @@ def verify(store: Annotated[Path, typer.Argument(metavar="STORE")]):
 def train(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME, under the current folder.")] = None,
     forecast: Annotated[
         bool, typer.Option("--forecast", help="Say the time and memory that it will take, from some steps; no run.")
     ] = False,
@@ -168,7 +168,9 @@ def submit(
             help="Account, partition, modules, GPUs or CPUs a node, container; default: the package's site.yaml.",
         ),
     ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Experiment directory; default: runs/NAME.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Experiment directory; default: runs/NAME, under the current folder.")
+    ] = None,
     local: Annotated[
         bool, typer.Option("--local", help="Run the members here, one after another, without Slurm.")
     ] = False,
@@ -282,7 +284,11 @@ def predict(
     out: Annotated[Path, typer.Option("-o", "--out", help="Extended XYZ with energies, forces, ensemble spread.")],
     level: Annotated[str | None, typer.Option(help="Level of theory; default: the last of the config.")] = None,
 ):
-    """Energies, forces and ensemble spread of structures in the formats that ASE reads by itself."""
+    """Energies (eV), forces (eV/Å) and ensemble spread of structures in the formats that ASE reads by itself.
+
+    energy_std and forces_std are standard deviations between models, which 'hpcmlip evaluate' compares with errors.
+    Labels of the structures are kept as ref_energy and ref_forces.
+    """
     from hpcmlip.evaluation import prediction
 
     if len(models) < 2:
@@ -305,11 +311,18 @@ def bench(ctx: typer.Context, name: Annotated[str, typer.Argument(help="A file i
 
 
 @app.command()
-def configs(to: Annotated[Path | None, typer.Option(help="Copy them into this folder.")] = None):
+def configs(
+    to: Annotated[Path | None, typer.Option(help="Copy them into this folder.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Print all keys of the YAML files instead.")] = False,
+):
     """List the configs and samples that come with the package, or copy them to work on."""
     from hpcmlip.configs import copy_to, listing
 
-    if to is None:
+    if keys:
+        from hpcmlip import reference
+
+        print(reference.render(), end="")
+    elif to is None:
         print("\n".join(listing()))
     else:
         copy_to(to)

@@ -59,6 +59,7 @@ Labels = Literal["E", "EF"]
 
 class DataSection(Section):
     stores: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """What `shard` wrote; several are one data set."""
     levels: Annotated[dict[LevelName, Labels], Field(min_length=1)]
     """Levels that are trained: E energies only, EF energies and forces."""
     pairs_per_batch: Count = 20000
@@ -81,6 +82,7 @@ class LevelWeights(Section):
 
 class LossSection(Section):
     kind: Literal["rmse_mae", "mse", "mae", "log_cosh", "huber"] = "rmse_mae"
+    """Of each level's energies and forces, added up by `weights`; rmse_mae is RMSE + MAE."""
     unit: EnergyUnit = "kcal/mol"
     """Energies enter in this unit, forces per component in this unit per Å."""
     energy_per: Literal["molecule", "atom", "sqrt_atom"] = "molecule"
@@ -93,7 +95,7 @@ class LossSection(Section):
     weights: dict[LevelName, LevelWeights] = {}
     """Default 1 for each energy and each trained force, 0 for hierarchicality."""
     hierarchicality: Literal["atom", "molecule", "batch"] = "atom"
-    """Variant of the regulariser (spec §1.6)."""
+    """HIP-NN: what the regulariser that asks later terms of the energy to be small divides and averages over."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -139,7 +141,9 @@ class ScheduleSection(Section):
 class OptimSection(Section):
     kind: Literal["adam", "adamw", "yogi"] = "adam"
     lr: Positive = 5.0e-4
+    """Learning rate; what becomes of it, `schedule` says."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the first and the second moment."""
     eps: Positive = 1.0e-8
     """Added to the root of the second moment; 1e-3 is usual for yogi."""
     weight_decay: NonNegative = 0.0
@@ -152,6 +156,7 @@ class OptimSection(Section):
 
 class TrainSection(Section):
     epochs: Count = 100
+    """At most; `patience` and a plateau schedule with `min_lr` end a run before."""
     micro_batches_per_step: Count = 2
     """Micro-batches of an optimizer step; the number of processes must divide it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -164,6 +169,7 @@ class TrainSection(Section):
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints, besides; 0: by time only."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """The newest ones; older ones are removed."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Validations without improvement after which training ends; 0: never."""
     max_bad_steps: Annotated[int, Field(ge=0)] = 10
@@ -177,6 +183,7 @@ class EngineSection(Section):
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
     compile: bool = False
     """Compile what training takes of molecules: minutes at the start, then faster steps with most models."""
     timeout_minutes: Positive = 30.0
@@ -255,6 +262,7 @@ class RunConfig(Section):
 
     path_keys = frozenset({"data.stores", "transfer.model"})
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+    """Of the run, and of its folder in `runs/` under the current folder."""
     data: DataSection
     model: SerializeAsAny[ModelSection]
     loss: LossSection = LossSection()

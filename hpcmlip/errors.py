@@ -6,7 +6,7 @@ The command line turns a `UserError` into its text on stderr and its exit code; 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_RESUMABLE = 75
-"""Stopped on request with a checkpoint: run the same command again (the batch script turns it into a requeue)."""
+"""Stopped on request: run the same command again (the batch script turns it into a requeue)."""
 
 
 class UserError(Exception):
@@ -23,6 +23,12 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data file or a store is absent, damaged or not what it claims to be."""
+
+
+class StoppedError(UserError):
+    """Ended on request; the same command goes on."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 class RunError(UserError):

@@ -20,7 +20,8 @@ class LevelSource(Section):
     method: str = ""
     basis: str = ""
     atomic_energies: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
-    """Energies of the isolated atoms by element symbol, in the energy unit of the file (Ha for the ANI layouts)."""
+    """Energies of the isolated atoms by element symbol, in the energy unit of the file: Ha for the ANI layouts, eV for
+    extended XYZ."""
 
     @property
     def energy_keys(self) -> tuple[str, ...]:
@@ -58,6 +59,7 @@ class DataConfig(Section):
 
     path_keys = frozenset({"sources", "out"})
     name: Annotated[str, Field(min_length=1)]
+    """Of the data set, for tables and reports."""
     reader: str
     """A file in `preprocess/readers/`."""
     sources: Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -65,6 +67,7 @@ class DataConfig(Section):
     sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
     """File name of a source -> what its publisher says; HDF5 itself returns some flipped bits as data."""
     out: Path
+    """Folder of the store."""
     levels: dict[LevelName, LevelSource | str] = {}
     """Level name -> its keys; a string names one of the reader's presets. Empty: the reader's default levels."""
     cutoff: Positive = 6.5

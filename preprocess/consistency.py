@@ -36,6 +36,10 @@ SHORT_WAY = 0.3
 """Å, root mean square displacement of the atoms of two conformations that are compared."""
 LEAP = 3.0
 """Å; no atom moves as far between two conformations that are compared."""
+WORK = (0.6, 1.6)
+"""-ΔE against F·ΔR; 0.53 or 1.89 where one length is in bohr, 0.037 or 27 where one energy is in Ha."""
+SURE = 0.9
+"""Correlation of the two from which their ratio says something."""
 ENOUGH = 30
 """Pairs of conformations, or conformations, from which something is concluded."""
 
@@ -164,7 +168,13 @@ def _wrong(job: Job, sums: Sums) -> Iterator[str]:
             )
         elif sums.count[i] >= ENOUGH:
             yield from _wrong_energies(job, level.name, sums.fit(i))
-        cosine, _ = _slope(work)
+        cosine, slope = _slope(work)
+        if cosine > SURE and not WORK[0] < slope < WORK[1]:
+            yield (
+                f"-ΔE is {slope:.3g} times F·ΔR at level '{level.name}', over {work[0]:.0f} pairs of conformations: "
+                "energies, forces and coordinates do not belong together (forces in Ha/bohr where Ha/Å is read would "
+                "give 1.89, in kcal/mol/Å where eV/Å is read 0.0434)"
+            )
         if cosine < -0.5:
             yield (
                 f"the forces of level '{level.name}' point uphill (F·ΔR against -ΔE over {work[0]:.0f} pairs of "
@@ -192,7 +202,7 @@ def _odd(job: Job, sums: Sums) -> Iterator[str]:
                 "energies about -13.6 eV; check the unit, unless the energies are relative to something"
             )
         cosine, slope = _slope(work)
-        if cosine > 0.9 and not 0.7 < slope < 1.4:
+        if cosine > SURE and not 0.7 < slope < 1.4 and WORK[0] < slope < WORK[1]:
             yield f"level '{level.name}': -ΔE is {slope:.2f} times F·ΔR; check the units of forces and coordinates"
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from hpcmlip.data.store import QUARANTINE, SPLITS, GroupMeta
-from hpcmlip.errors import DataError, RunError
+from hpcmlip.errors import DataError, RunError, StoppedError
 from hpcmlip.preprocess import commit, consistency, duplicates, layout, scan, schedule, summary, write
 from hpcmlip.preprocess.config import DataConfig
 from hpcmlip.preprocess.files import digest, write_whole
@@ -225,4 +225,4 @@ def _run(
         try:
             execute(function, tasks, finished)
         except KeyboardInterrupt:
-            raise RunError("stopped; the same command continues") from None
+            raise StoppedError("stopped; the same command continues") from None

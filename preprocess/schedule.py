@@ -6,6 +6,8 @@ Tasks leave files; only receipts come back.
 import importlib.util
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,10 +35,15 @@ def warm_up() -> None:
 
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
+    # Ctrl-C in a terminal reaches all processes: the workers leave it to this one
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
         forkserver.set_forkserver_preload(["distributed", "distributed.nanny", "hpcmlip.preprocess.pipeline"])
         forkserver.ensure_running()
     finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 

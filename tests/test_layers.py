@@ -35,6 +35,7 @@ LAYERS = [
     {"hpcmlip.training"},
     {"hpcmlip.cluster", "hpcmlip.evaluation"},
     {"hpcmlip.bench"},
+    {"hpcmlip.reference"},
     {"hpcmlip.cli", "hpcmlip.__main__"},
 ]
 PREPROCESS_USES = {
@@ -49,7 +50,7 @@ PREPROCESS_USES = {
     "hpcmlip.data",
     "hpcmlip.preprocess",
 }
-MAY_USE_PREPROCESS = {"hpcmlip.cli", "hpcmlip.bench"}
+MAY_USE_PREPROCESS = {"hpcmlip.reference", "hpcmlip.cli", "hpcmlip.bench"}
 DASK_MODULES = {"hpcmlip.preprocess.pipeline", "hpcmlip.preprocess.schedule"}
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "OMPI_", "PMI_")
 READS_LAUNCHER = {"hpcmlip.launch"}

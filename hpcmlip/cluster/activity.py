@@ -63,7 +63,7 @@ class Activity:
 
 def jobs(experiment: Experiment) -> list[Job]:
     """All jobs submitted for an experiment, oldest first."""
-    path = experiment.folder / "jobs.json"
+    path = experiment.jobs_file
     try:
         found = json.loads(path.read_text())["jobs"]
         return [Job(job["id"], job["kind"], tuple(job["members"]), job["submitted"]) for job in found]

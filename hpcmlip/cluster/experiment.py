@@ -12,6 +12,7 @@ member_00/ ...            run directories; of a sweep t000-lr0.001-features64/ .
 evaluation/               of the dependent job
 """
 
+import contextlib
 import dataclasses
 import getpass
 import itertools
@@ -101,6 +102,11 @@ class Experiment:
         return self.folder / "slurm" / f"train-{job}.out"
 
     @property
+    def jobs_file(self) -> Path:
+        """What was submitted."""
+        return self.folder / "jobs.json"
+
+    @property
     def site_file(self) -> Path:
         return self.folder / "site.yaml"
 
@@ -114,6 +120,12 @@ class Experiment:
             return self.config
         found = self.members[member]
         return changed(self.config, found.values, self.folder, where=found.name)
+
+    def has_begun(self) -> bool:
+        """Was anything submitted, or any member started?"""
+        if self.jobs_file.exists() or any(self.history_file(i).exists() for i in range(self.size)):
+            return True
+        return any(run.is_dir() and any(run.iterdir()) for run in map(self.run_dir, range(self.size)))
 
     def unfinished(self) -> list[int]:
         """Members without a finished model, but for those that a pruner has ended."""
@@ -181,7 +193,10 @@ def identity(config: RunConfig) -> str:
 
 
 def previous(folder: Path) -> Experiment | None:
-    """The experiment that a folder holds already, if any; raises ConfigError if it holds something else."""
+    """The experiment that a folder holds already, if any; raises ConfigError if it holds something else.
+
+    One of which nothing was submitted or started, as after a dry run, counts as none.
+    """
     folder = folder.absolute()
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -190,7 +205,8 @@ def previous(folder: Path) -> Experiment | None:
             return None
         what = "a single run" if (folder / "config.yaml").exists() else "something else"
         raise ConfigError(f"{folder} holds {what}, no experiment; name another folder with --run-dir")
-    return open_experiment(folder)
+    found = open_experiment(folder)
+    return found if found.growth or found.has_begun() else None
 
 
 def check_goes_on(before: Experiment, now: Experiment) -> None:
@@ -228,6 +244,7 @@ def write(experiment: Experiment, site_text: str, sweep_text: str | None = None)
             (experiment.folder / name).mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make {error.filename} ({error.strerror}); give another --run-dir") from None
+    _forget_others(experiment)
     write_atomic(experiment.folder / "run.yaml", dump(experiment.config, defaults=False))
     write_atomic(experiment.site_file, site_text)
     if sweep_text is not None:
@@ -238,6 +255,16 @@ def write(experiment: Experiment, site_text: str, sweep_text: str | None = None)
         write_atomic(experiment.config_file(member), dump(experiment.member_config(member)))
     write_atomic(record, json.dumps(_record(experiment), indent=2) + "\n")
     begun.unlink(missing_ok=True)
+
+
+def _forget_others(experiment: Experiment) -> None:
+    """Remove what an experiment that never began has left of members that are not in this one."""
+    names = {member.name for member in experiment.members}
+    for path in (experiment.folder / "configs").glob("*.yaml"):
+        if path.stem not in names:
+            with contextlib.suppress(OSError):  # not empty: somebody's
+                (experiment.folder / path.stem).rmdir()
+            path.unlink()
 
 
 def now() -> str:

@@ -23,6 +23,7 @@ from hpcmlip.training.rundir import FINISHED, PRUNED
 
 QUEUED_AGAIN = "queued again"
 LOST = "lost"
+NOT_SUBMITTED = "not submitted"
 FAILED = "failed"
 SPEED_STEPS = 100
 """Steps over which the speed is averaged."""
@@ -45,8 +46,9 @@ class Status:
 
     member: str
     state: str
-    """waiting, running, queued again, stopped, failed, finished, pruned, or lost: it has not ended and nobody works on
-    it, as after a job that was killed. Where that cannot be known, what was last written, with a growing `quiet_s`."""
+    """not submitted (after a dry run, or if Slurm refused), waiting, running, queued again, stopped, failed, finished,
+    pruned, or lost: it has not ended and nobody works on it, as after a job that was killed. Where that cannot be
+    known, what was last written, with a growing `quiet_s`."""
     values: dict[str, Any]
     """Dotted key -> value in which it differs from the other members."""
     step: int | None
@@ -72,7 +74,10 @@ def read(experiment: Experiment, *, now: float, queue: dict[str, str] | None = N
     """The status of each member; `now` in seconds since 1970, `queue` as in `activity.look`."""
     members = range(experiment.size)
     going_on = activity.look(experiment, members, queue)
-    return [_member(experiment, i, now, going_on) for i in members]
+    found = [_member(experiment, i, now, going_on) for i in members]
+    if experiment.has_begun() or going_on.members:
+        return found
+    return [dataclasses.replace(member, state=NOT_SUBMITTED) for member in found]
 
 
 def show(folder: Path, *, as_json: bool) -> None:
@@ -86,10 +91,19 @@ def show(folder: Path, *, as_json: bool) -> None:
         print(json.dumps(found | {"slurm_answered": queue is not None}, indent=2))
         return
     table = Table(
-        "member", "state", "step", "epoch", "best", "structures/s", "time left", "restarts", "last sign", "note"
+        "member",
+        "state",
+        "step",
+        "epoch",
+        "best objective",
+        "structures/s",
+        "time left",
+        "restarts",
+        "last sign",
+        "note",
     )
     for m in members:
-        best = "" if m.best is None else f"{m.best:.4g} {m.unit}"
+        best = "" if m.best is None else f"{m.best:.4g}"
         speed = "" if m.structures_per_s is None else f"{m.structures_per_s:.0f}"
         epoch = "" if m.epoch is None else f"{m.epoch + 1} of {m.epochs}"
         table.add_row(
@@ -105,7 +119,7 @@ def show(folder: Path, *, as_json: bool) -> None:
         print("Slurm does not answer: the states are those of the files, and a job that was killed reads as running.")
     best = lowest(members)
     if best is not None:
-        print(f"lowest so far: {best.member}, {best.best:.4g} {best.unit}")
+        print(f"lowest validation objective so far: {best.member}, {best.best:.4g}")
     done, pruned = (sum(m.state == state for m in members) for state in (FINISHED, PRUNED))
     ended = f"{done} of {len(members)} members finished" + (f", {pruned} pruned" if pruned else "")
     print(f"{ended}; {'evaluated' if evaluated else 'not evaluated'}")

@@ -261,7 +261,7 @@ def _job(experiment: Experiment, kind: str, *, dry_run: bool, after=(), array=""
         print(f"cd {shlex.quote(str(experiment.folder))} && {shlex.join(command)}")
         return f"<{kind}{f' {array}' if array else ''}>"
     job = scheduler.sbatch(command, experiment.folder)
-    path = experiment.folder / "jobs.json"
+    path = experiment.jobs_file
     jobs = json.loads(path.read_text())["jobs"] if path.exists() else []
     jobs.append({"id": job, "kind": kind, "members": list(members), "submitted": experiments.now()})
     write_atomic(path, json.dumps({"jobs": jobs}, indent=2) + "\n")

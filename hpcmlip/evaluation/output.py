@@ -15,7 +15,7 @@ from pathlib import Path
 from hpcmlip.config import MODEL_LIMITS
 from hpcmlip.data.store import energy_bit, forces_bit
 from hpcmlip.errors import RunError
-from hpcmlip.evaluation import conformers, plots, predictions, report, table
+from hpcmlip.evaluation import conformers, overlap, plots, predictions, report, table
 from hpcmlip.evaluation.figures import CONFIDENCE
 from hpcmlip.evaluation.members import Ensemble, Found, Member
 from hpcmlip.evaluation.task import Task
@@ -67,7 +67,10 @@ def describe(task: Task, found: Found, unit: str) -> dict:
     """Sections of metrics.json that say what was evaluated."""
     store = task.dataset.stores[0]
     meta = store.meta
-    trained_on = [item.get("digest") for item in task.ensemble.first.info.get("data", [])]
+    training = list({item["digest"]: item for m in task.ensemble.members for item in m.info.get("data", [])}.values())
+    trained_on = [item["digest"] for item in training]
+    is_own = trained_on == [store.digest]
+    seen = None if is_own else overlap.trained_on(store, task.split, training)
     return {
         "levels": {},
         "members": [],
@@ -76,7 +79,7 @@ def describe(task: Task, found: Found, unit: str) -> dict:
         "confidence": CONFIDENCE,
         "trained": task.ensemble.first.trained,
         "split": {"name": task.split, **meta.split},
-        "notes": notes(task.split, meta.split, store.digest, trained_on)
+        "notes": (notes(task.split, meta.split) if is_own else [elsewhere(seen)])
         + limits(task.ensemble)
         + different_settings(task.ensemble),
         "num_structures": task.dataset.count(task.split),
@@ -89,17 +92,17 @@ def describe(task: Task, found: Found, unit: str) -> dict:
             "quarantined": meta.quarantined,
             "sources": [{"name": s.name, "size": s.size, "sha256": s.sha256} for s in meta.sources],
         },
-        "training_labels": _training_labels(task) if trained_on == [store.digest] else None,
+        "training_labels": _training_labels(task) if is_own else None,
         "training": _training(task.ensemble.first.info["config"]),
-        "trained_on": task.ensemble.first.info.get("data", []),
+        "trained_on": training,
         "model": task.ensemble.first.info["config"]["model"],
         "left_out": list(found.left_out),
         "versions": {name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
     }
 
 
-def notes(split: str, how: dict, digest: str, trained_on: list[str | None]) -> list[str]:
-    """What a reader of the figures must know about the split."""
+def notes(split: str, how: dict) -> list[str]:
+    """What a reader of the figures must know about a split of the store that was trained on."""
     said = []
     if split == "train":
         said.append("These are errors on the training split: they show the fit, not the accuracy on unseen molecules.")
@@ -114,12 +117,23 @@ def notes(split: str, how: dict, digest: str, trained_on: list[str | None]) -> l
         said.append("Split by formula: no held-out structure shares its composition with a training structure.")
     elif how.get("by") == "molecule":
         said.append("Split by molecule: no conformer of a held-out molecule was trained on.")
-    if digest not in trained_on:
-        said.append(
-            "The models were trained on other data than this store; whether structures of it were among their "
-            "training data was not checked."
-        )
     return said
+
+
+def elsewhere(seen: int | None) -> str:
+    """What a reader must know of figures on a store that was not trained on, `seen` as by `overlap.trained_on`."""
+    other = "The models were trained on other stores than this one"
+    if seen is None:
+        return f"{other}, which are no longer there: whether structures of it were trained on was not checked."
+    if seen:
+        return (
+            f"{other}, but {seen} of the structures of this split were trained on: they are the same rows of "
+            "the same raw files. The errors show the fit, not the accuracy on unseen molecules."
+        )
+    return (
+        f"{other}. None of these structures is the row of a raw file that was trained on; conformers of trained "
+        "molecules, and structures that came by another file, are not looked for."
+    )
 
 
 def _training_labels(task: Task) -> dict[str, dict[str, int]]:

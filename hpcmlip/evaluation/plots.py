@@ -191,8 +191,8 @@ def _spread(content: dict, folder: Path) -> Image | None:
         ax.set_ylabel(f"RMSE of their mean ({unit_of(prop, content['unit'])})")
 
     caption = (
-        "Does the ensemble know where it is wrong? Predictions in tenths by the standard deviation over members; above "
-        "the dashed line the ensemble is more confident than it should be."
+        "Does the ensemble know where it is wrong? Predictions in groups of equal number by the standard "
+        "deviation over members; above the dashed line the ensemble is more confident than it should be."
     )
     return _save(_row(props, panel), folder / "spread.png", "Spread against error", caption)
 
@@ -255,6 +255,7 @@ def _learning_panel(ax: Axes, kind: str, curves: Sequence[Curve], levels: Sequen
     unit = curves[0].unit
     _plain_numbers(ax.yaxis)
     ax.set_xlabel("epoch")
-    ax.set_ylabel(f"{'objective' if kind == 'objective' else f'RMSE, {kind}'} ({unit})" if unit else kind)
+    # the objective adds up energies and forces: it has no unit
+    ax.set_ylabel(kind if kind == "objective" or not unit else f"RMSE, {kind} ({unit})")
     if named - {""}:
         ax.legend()

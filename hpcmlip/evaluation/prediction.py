@@ -16,7 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from hpcmlip.batch import AtomsBatch
 from hpcmlip.data.plan import pairs
-from hpcmlip.errors import DataError
+from hpcmlip.errors import ConfigError, DataError
 from hpcmlip.evaluation.members import Ensemble, find_members, load_members
 from hpcmlip.evaluation.sums import std
 from hpcmlip.lattice import lacks_volume
@@ -53,10 +53,12 @@ class Estimate:
 def predict(models: Sequence[Path], structures: Path, out: Path, *, level: str | None = None) -> None:
     """Write `structures` with energy, forces, energy_std, forces_std and level as extended XYZ; in eV and eV/Å.
 
-    Those that are periodic in three directions get their stress in eV/Å³ too, if the models have one.
-    Raises ConfigError for an unknown level, DataError for a file or a structure that cannot be used; `out` then stays
-    as it was.
+    Those that are periodic in three directions get their stress in eV/Å³ too, if the models have one. Energies and
+    forces that came with the structures stay, as ref_energy and ref_forces. Raises ConfigError for an unknown level or
+    if `out` is `structures`, DataError for a file or a structure that cannot be used; `out` then stays as it was.
     """
+    if Path(out).resolve() == Path(structures).resolve():
+        raise ConfigError(f"-o {out} is the file of the structures itself: write the predictions into another")
     found = find_members(models)
     for item in found.left_out:
         log.warning("left out: %s: %s", item["run"], item["reason"])
@@ -64,21 +66,32 @@ def predict(models: Sequence[Path], structures: Path, out: Path, *, level: str |
     level = level or default_level(ensemble)
     ensemble.check_level(level)
     temporary = Path(out).with_name(f".{Path(out).name}.{os.getpid()}.tmp")
-    count = 0
+    spreads: list[float | None] = []
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for window in _windows(Path(structures)):
-                for atoms, said in zip(window, estimate(ensemble, window, level, first=count), strict=True):
+                for atoms, said in zip(window, estimate(ensemble, window, level, first=len(spreads)), strict=True):
                     ase.io.write(file, _annotated(atoms, said, level), format="extxyz")
-                count += len(window)
-        if not count:
+                    spreads.append(said.energy_std)
+        if not spreads:
             raise DataError(f"{structures} holds no structure")
         os.replace(temporary, out)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"{count} structures at level {level} with {len(ensemble.members)} models -> {out}")
+    print(f"{len(spreads)} structures at level {level} with {len(ensemble.members)} models -> {out} (eV, eV/Å)")
+    print(_about_spread(spreads))
+
+
+def _about_spread(spreads: Sequence[float | None]) -> str:
+    if None in spreads:
+        return "one model, so there is no spread between models: nothing here tells how far the numbers may be off"
+    worst = int(np.argmax(spreads))
+    return (
+        f"energy_std, the standard deviation between models: median {np.median(spreads):.3g} eV, largest "
+        f"{spreads[worst]:.3g} eV (structure {worst}); how it relates to errors is in the report of 'hpcmlip evaluate'"
+    )
 
 
 def default_level(ensemble: Ensemble) -> str:
@@ -162,8 +175,13 @@ def _estimate_block(ensemble: Ensemble, structures: Sequence[Atoms], level: str)
 
 
 def _annotated(atoms: Atoms, said: Estimate, level: str) -> Atoms:
-    """The structure with what was said of it; labels that came with it make way."""
+    """The structure with what was said of it; labels that came with it get other names."""
     result = atoms.copy()
+    came_with = {} if atoms.calc is None else atoms.calc.results
+    if "energy" in came_with:
+        result.info["ref_energy"] = came_with["energy"]
+    if "forces" in came_with:
+        result.arrays["ref_forces"] = came_with["forces"]
     stress = {} if said.stress is None else {"stress": full_3x3_to_voigt_6_stress(said.stress)}
     result.calc = SinglePointCalculator(result, energy=said.energy, forces=said.forces, **stress)
     for name in ("energy", "forces", "stress", "energy_std", "forces_std"):

@@ -137,7 +137,7 @@ def _members(content: dict) -> str:
             m["run"],
             ", ".join(f"{key} {value}" for key, value in m["settings"].items()),
             m["seed"],
-            (m["best"] or {}).get("epoch", ""),
+            m["best"]["epoch"] + 1 if m["best"] else "",
             *(table.number(m["levels"][level][prop]["rmse"]) for level, prop in labels),
         )
         for m in content["members"]

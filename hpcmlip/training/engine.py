@@ -100,7 +100,7 @@ class Engine:
     def _gradients_finite(self) -> bool:
         """At stage 0, where every rank holds the same averaged gradients."""
         gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, math.inf)))
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, torch.inf)))
 
     def bad_sources(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
         """(store, file, group, row) of the structures of this rank whose energies, forces or labels are not finite."""
@@ -231,6 +231,7 @@ def _optimizer(optim: OptimSection, parameters: Sequence[torch.nn.Parameter]) ->
 
 
 def _deepspeed_config(config: RunConfig, per_rank: int, world: World, num_weights: int) -> dict:
+    bucket = num_weights + num_weights % 2  # an odd one is refused
     return {
         # only their product matters to DeepSpeed; ours are micro-batches of changing size
         "train_micro_batch_size_per_gpu": 1,
@@ -238,12 +239,12 @@ def _deepspeed_config(config: RunConfig, per_rank: int, world: World, num_weight
         "train_batch_size": per_rank * world.size,
         "gradient_clipping": config.optim.clip_norm,
         "prescale_gradients": False,
-        # its own sizes are for 2 GB of gradients, which would be taken of a GPU whatever the model
+        # its own bucket is 2 GB, which would be taken of a GPU whatever the model
         "zero_optimization": {
             "stage": config.engine.zero_stage,
             "overlap_comm": False,
-            "reduce_bucket_size": num_weights,
-            "allgather_bucket_size": num_weights,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -361,6 +361,7 @@ class Training:
 
     def _say_what_runs(self) -> None:
         config, world, count = self.config, self.world, self.dataset.count
+        log.info("in %s", self.run_dir.absolute())
         size = sum(p.numel() for p in self.engine.parameters().values())
         log.info(
             "%s: %s with %d parameters, levels %s; %d structures to train on, %d to validate, %d steps an epoch",

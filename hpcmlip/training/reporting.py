@@ -169,7 +169,9 @@ class Reporter:
         self._figures(step, "validation", {"objective": objective, **figures})
         parts = [f"{level} {prop} RMSE {values['rmse']:.4g} {values['unit']}" for level, prop, values in errors]
         best = " (best)" if is_best else ""
-        log.info("step %d, epoch %d: validation %.5g%s; %s", step, epoch, objective, best, ", ".join(parts))
+        # a person counts epochs from 1
+        done = (step, epoch + 1, objective, best, ", ".join(parts))
+        log.info("step %d, end of epoch %d: validation, objective %.5g%s; %s", *done)
         # the time of a validation is not that of the next step
         self._last = time.monotonic()
 

@@ -83,14 +83,20 @@ class RunDirectory:
         path, text = self.path / CONFIG, dump(self._config)
         if path.exists():
             changed = differing(read_yaml(path), json.loads(self._config.model_dump_json()))
-            if changed:
+            # of a start that was refused, or ended before its first checkpoint, there is nothing to go on with
+            if changed and self._has_come_far():
                 raise ConfigError(
-                    f"{self.path} belongs to a run with another config ({'; '.join(changed[:5])}): "
-                    "choose another --run-dir, or remove it to start afresh"
+                    f"{self.path} belongs to a run with another config ({'; '.join(changed[:5])}): choose another "
+                    "--run-dir, or remove it to start afresh; to train on from its weights, give 'transfer: {model: "
+                    f"{self.path}}}'"
                 )
             if path.read_text(encoding="utf-8") == text:
                 return
         write_atomic(path, text)
+
+    def _has_come_far(self) -> bool:
+        checkpoints = self.path / CHECKPOINTS
+        return (self.path / DONE).exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
     @property
     def finished(self) -> dict | None:

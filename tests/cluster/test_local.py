@@ -34,6 +34,7 @@ def test_a_broken_member_leaves_the_others_alone(cli, run_yaml, xtb_store, tmp_p
     arguments = ["submit", run_yaml, "--members", 2, "--evaluate", xtb_store, "--run-dir", folder, "--local"]
     cli(*arguments, "--dry-run")
     (folder / "member_00" / "config.yaml").write_text((folder / "configs" / "member_01.yaml").read_text())
+    (folder / "member_00" / "checkpoints" / "one").mkdir(parents=True)
     done = cli(*arguments, expect=1)
     assert "failed: member_00" in done.stderr and "evaluation" not in done.stderr.splitlines()[-1]
     assert json.loads((folder / "member_01" / "done.json").read_text())["state"] == "finished"
@@ -45,6 +46,7 @@ def test_a_broken_member_leaves_the_others_alone(cli, run_yaml, xtb_store, tmp_p
     # mended and called again: the finished member is left as it is
     written = (folder / "member_01" / "done.json").stat().st_mtime_ns
     (folder / "member_00" / "config.yaml").unlink()
+    (folder / "member_00" / "checkpoints" / "one").rmdir()
     cli("submit", "--retry", folder, "--local")
     assert (folder / "member_01" / "done.json").stat().st_mtime_ns == written
     assert len(json.loads((folder / "evaluation" / "metrics.json").read_text())["members"]) == 2

@@ -65,7 +65,7 @@ def test_a_running_member(experiment):
 @pytest.mark.parametrize(
     ("history", "state", "note"),
     [
-        ([], "waiting", ""),
+        ([], "not submitted", ""),
         (["started"], "running", ""),
         (["started", "requeued"], "queued again", ""),
         (["started", "stopped by Slurm"], "stopped", "stopped by Slurm"),

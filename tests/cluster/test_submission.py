@@ -79,12 +79,21 @@ def test_site_of_the_experiment_is_used_again(config, tmp_path):
 
 def test_another_config_or_fewer_members_are_refused(config, tmp_path):
     _submit(config, tmp_path / "e")
+    (tmp_path / "e" / "member_00" / "log.txt").touch()
     before = _contents(tmp_path / "e")
     with pytest.raises(ConfigError, match=r"another config \(train\.epochs: 2 -> 9\)"):
         _submit(_changed(config, epochs=9), tmp_path / "e")
     with pytest.raises(ConfigError, match="experiment of 3 members, asked for are 2"):
         _submit(config, tmp_path / "e", members=2)
     assert _contents(tmp_path / "e") == before
+
+
+def test_of_a_dry_run_nothing_stands_in_the_way(config, tmp_path):
+    _submit(config, tmp_path / "e", members=4)
+    _submit(_changed(config, epochs=9), tmp_path / "e", members=2)
+    assert {path.name for path in (tmp_path / "e" / "configs").iterdir()} == {"member_00.yaml", "member_01.yaml"}
+    assert sorted(path.name for path in (tmp_path / "e").glob("member_*")) == ["member_00", "member_01"]
+    assert load(RunConfig, tmp_path / "e" / "configs" / "member_01.yaml").train.epochs == 9
 
 
 def test_a_folder_that_holds_something_else_is_refused(config, tmp_path):

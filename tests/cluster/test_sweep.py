@@ -147,6 +147,7 @@ def test_names_tell_keys_apart_and_are_plain(config, tmp_path):
 def test_a_larger_sweep_keeps_the_trials_that_are_there(config, tmp_path):
     folder = tmp_path / "e"
     _submit(config, folder, _file(tmp_path, {"grid": {"optim.lr": [1e-3, 5e-4]}}))
+    (folder / "t000-lr0.001" / "log.txt").touch()
     _submit(config, folder, _file(tmp_path, {"grid": {"optim.lr": [1e-4, 5e-4, 1e-3]}}))
     experiment = open_experiment(folder)
     assert [member.name for member in experiment.members] == ["t000-lr0.001", "t001-lr0.0005", "t002-lr0.0001"]

@@ -97,7 +97,7 @@ def test_the_first_generation_is_there_and_the_others_wait_for_it(config, tmp_pa
     assert "'--dependency=afterany:<train 4-5%8>:<train 2-3%8>:<train 0-1%8>' slurm/evaluate.sbatch" in said
     found = status.read(experiment, now=time.time())
     assert [member.member for member in found[1:3]] == [name, "t002"]
-    assert {member.state for member in found} == {"waiting"}
+    assert {member.state for member in found} == {"not submitted"}
 
 
 @pytest.mark.parametrize(
@@ -291,6 +291,7 @@ def test_another_kind_of_experiment_is_not_gone_on_with(config, tmp_path):
         min_members=None,
         how=How(dry_run=True),
     )
+    (tmp_path / "e" / "member_00" / "log.txt").touch()
     with pytest.raises(ConfigError, match="holds an experiment without Optuna"):
         _submit(config, tmp_path / "e", _file(tmp_path))
 

@@ -113,7 +113,7 @@ def test_optimization_and_dynamics(calculator):
     assert np.ptp(atoms.get_velocities()) > 0
 
 
-def test_a_file_with_labels_keeps_its_own_data_but_not_its_labels(experiment, tmp_path):
+def test_labels_of_a_file_are_kept_under_other_names(experiment, tmp_path, capsys):
     atoms = molecule("NH3")
     atoms.info |= {"energy": 1.0, "energy_std": 2.0, "origin": "mine"}
     atoms.arrays["forces"] = np.ones((4, 3))
@@ -124,7 +124,16 @@ def test_a_file_with_labels_keeps_its_own_data_but_not_its_labels(experiment, tm
     assert (first.info["origin"], first.info["level"]) == ("mine", "cc")
     assert "energy_std" not in first.info and "forces_std" not in first.arrays
     assert np.abs(first.get_forces() - 1).max() > 0.5
-    assert len(second) == 3
+    assert first.info["ref_energy"] == 1.0 and np.array_equal(first.arrays["ref_forces"], np.ones((4, 3)))
+    assert len(second) == 3 and "ref_energy" not in second.info
+    assert "one model, so there is no spread" in capsys.readouterr().out
+
+
+def test_the_structures_are_not_overwritten(experiment, tmp_path):
+    ase.io.write(tmp_path / "in.xyz", molecule("H2O"))
+    (tmp_path / "link.xyz").symlink_to(tmp_path / "in.xyz")
+    with pytest.raises(ConfigError, match="is the file of the structures itself"):
+        prediction.predict([experiment], tmp_path / "in.xyz", tmp_path / "link.xyz")
 
 
 def _not_finite():
@@ -188,5 +197,6 @@ def test_command_line(experiment, tmp_path, cli):
     ase.io.write(tmp_path / "in.xyz", molecule("H2O"))
     done = cli("predict", experiment, tmp_path / "in.xyz", "-o", tmp_path / "out.xyz", "--level", "dz")
     assert "1 structures at level dz with 3 models" in done.stdout.replace("\n", " ")
+    assert "largest" in done.stdout and "(structure 0)" in done.stdout
     failed = cli("predict", experiment, tmp_path / "absent.xyz", "-o", tmp_path / "out2.xyz", expect=1)
     assert "there is no file" in failed.stderr and "Traceback" not in failed.stderr

@@ -44,6 +44,18 @@ def finish(config: Path, out: Path, program: Sequence[str] = HPCMLIP) -> int:
     return start(config, out, program).wait(timeout=120)
 
 
+def test_ctrl_c_ends_it_with_a_sentence(many_shards, tmp_path):
+    out = tmp_path / "out.zarr"
+    process = start(many_shards.config, out)
+    while not list(partial(out).rglob("*.json")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all processes of the command
+    assert process.wait(timeout=60) == 75
+    said = out.with_suffix(".log").read_text()
+    assert "stopped; the same command continues" in said and "Traceback" not in said
+    assert finish(many_shards.config, out) == 0
+
+
 def partial(out: Path) -> Path:
     return Path(f"{out}.partial")
 

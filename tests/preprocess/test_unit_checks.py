@@ -68,13 +68,22 @@ def test_what_looks_wrong_passes_when_told_to(comp6, caplog):
     assert "eV an atom away from the isolated atoms" in caplog.text and store.meta.num_structures == 240
 
 
-def test_forces_in_another_unit_are_told(comp6, caplog):
+def test_forces_that_do_not_quite_fit_are_told(comp6, caplog):
     path, config = comp6
-    change(path, everywhere("forces", lambda f: f * np.float32(1.8897)))
+    change(path, everywhere("forces", lambda f: f * np.float32(0.66)))
     shard(config)
-    assert "-ΔE is 0.5" in caplog.text and "check the units of forces and coordinates" in caplog.text
+    assert "-ΔE is 1.5" in caplog.text and "check the units of forces and coordinates" in caplog.text
     shard(config, UNKNOWN, f"out={path.parent / 'unknown.zarr'}")
     assert caplog.text.count("check the units of forces and coordinates") == 2
+
+
+@pytest.mark.parametrize("factor", [627.5, 27.2114, 0.529177])
+def test_real_forces_in_another_unit_are_refused(factor):
+    job, found = sums("data/ab_initio_small.yaml")
+    # pairs of conformations: number, Σab, Σa², Σb² of a = -ΔE and b = F·ΔR
+    wrong = consistency.Sums(**(vars(found) | {"work": found.work * [1, factor, 1, factor**2]}))
+    with pytest.raises(DataError, match=r"-ΔE is [0-9.]+ times F·ΔR at level 'dz'.*do not belong together"):
+        consistency.check(job, wrong)
 
 
 def test_sums_survive_their_way_through_a_receipt():

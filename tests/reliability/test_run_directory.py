@@ -12,7 +12,7 @@ from runs import RunDir
 
 from hpcmlip.config import RunConfig, flat, load
 from hpcmlip.errors import ConfigError
-from hpcmlip.training.rundir import MAY_CHANGE, RunDirectory, holder
+from hpcmlip.training.rundir import CHECKPOINTS, MAY_CHANGE, RunDirectory, holder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -120,10 +120,10 @@ def refusals(code: int, said: str, setting: str) -> list[str]:
 
 @pytest.fixture
 def begun(write_run, tmp_path):
-    """(config, run directory) of a run that has begun."""
+    """(config, run directory) of a run that has begun, and for all that a look at its folder tells has a checkpoint."""
     config, run_dir = write_run(tmp_path), tmp_path / "run"
     with RunDirectory(run_dir, load(RunConfig, config)):
-        pass
+        (run_dir / CHECKPOINTS / "one").mkdir(parents=True)
     return config, run_dir
 
 

@@ -46,8 +46,9 @@ def test_three_of_five_fail_each_in_its_way(queue, cli, xtb_store, tmp_path, dra
     names = sorted(path.stem for path in (experiment.folder / "configs").iterdir())
     fate_of = dict(zip(names, fates, strict=True))
     of = {fate: name for name, fate in fate_of.items()}
-    # finds a run of another config in its place
+    # finds a run of another config in its place, which has come as far as a checkpoint
     foreign = experiment.folder / of[FAILS] / "config.yaml"
+    (foreign.parent / "checkpoints" / "one").mkdir(parents=True)
     foreign.write_text((experiment.folder / "configs" / f"{of[KILLED]}.yaml").read_text())
     cli(*arguments, env=queue.env)
     killed = f"{experiment.array}_{fates.index(KILLED)}"

@@ -18,7 +18,7 @@ from hpcmlip.cluster.experiment import is_finished
 from hpcmlip.errors import ConfigError, RunError
 from hpcmlip.training.average import Average
 from hpcmlip.training.metrics import truncate
-from hpcmlip.training.rundir import RunDirectory, differing, finished, holder
+from hpcmlip.training.rundir import CHECKPOINTS, RunDirectory, differing, finished, holder
 from hpcmlip.training.stopping import SIGNALS, SLACK_SECONDS, Signals, StopRequests, margin
 
 
@@ -49,8 +49,10 @@ def test_a_file_system_without_locks_is_told(tmp_path, make_config, monkeypatch,
 
 
 def test_another_config_is_refused_with_the_keys(tmp_path, make_config):
+    with RunDirectory(tmp_path, make_config(optim={"lr": 0.2})):
+        pass  # refused later on, say
     with RunDirectory(tmp_path, make_config()):
-        pass
+        (tmp_path / CHECKPOINTS / "one").mkdir(parents=True)
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=r"optim.lr: 0.0005 -> 0.1"):
         RunDirectory(tmp_path, make_config(optim={"lr": 0.1})).__enter__()
