@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from hpcmlip.data import verification
 from hpcmlip.data.offsets import atomic_energies, isolated_energies, knows_isolated
-from hpcmlip.data.store import SPLITS, Meta, Store, energy_bit, forces_bit, open_store
+from hpcmlip.data.store import SPLITS, Meta, Store, energy_bit, forces_bit, molecules_of_splits, open_store
 from hpcmlip.errors import DataError
 from hpcmlip.units import SYMBOLS
 
@@ -55,6 +56,11 @@ def duplicates_text(store: Store) -> str:
         return "0"
     leak = f"{found['across_splits']:,} of them in another split than the first of their kind: held-out data leak"
     return f"{found['structures']:,} structures repeat an earlier one" + (f", {leak}" if found["across_splits"] else "")
+
+
+def split_text(structures: Mapping[str, int], molecules: Mapping[str, int]) -> str:
+    """`train 867 (22 molecules), ...` of counts by split."""
+    return ", ".join(f"{name} {count:,} ({molecules[name]:,} molecules)" for name, count in structures.items())
 
 
 def wide_console() -> Console:
@@ -129,6 +135,7 @@ def describe(store: Store) -> dict:
             "fitted_atomic_energies_ev": dict(zip((SYMBOLS[z] for z in meta.elements), energies.tolist(), strict=True)),
             "residual_rms_ev": None if np.isnan(rms) else rms,
         }
+    molecules = molecules_of_splits(store)
     return {
         "path": str(store.path),
         "name": meta.name,
@@ -144,27 +151,20 @@ def describe(store: Store) -> dict:
         "periodic": meta.periodic,
         "bytes": sum(file["size"] for file in store.files.values()),
         "files": len(store.files),
-        "split": {**meta.split, "structures": split_counts(meta), "molecules_in_two_splits": shared_molecules(store)},
+        "split": {
+            **meta.split,
+            "structures": split_counts(meta),
+            "molecules": dict(zip(SPLITS, molecules.sum(axis=0).tolist(), strict=True)),
+            "molecules_in_two_splits": int((molecules.sum(axis=1) > 1).sum()),
+        },
         "levels": levels,
         "groups": [dataclasses.asdict(group) for group in meta.groups],
         "sources": [dataclasses.asdict(source) for source in meta.sources],
     }
 
 
-def shared_molecules(store: Store) -> int:
-    """Number of molecules with structures in more than one split, counted from the rows themselves."""
-    seen = np.zeros((store.meta.num_molecules, len(SPLITS)), dtype=bool)
-    for group in store.meta.groups:
-        for segment in group.segments:
-            step = group.rows_per_shard
-            for start in range(segment.start, segment.stop, step):
-                molecule = store.read(group, "molecule", start, min(start + step, segment.stop))
-                seen[molecule, SPLITS.index(segment.split)] = True
-    return int((seen.sum(axis=1) > 1).sum())
-
-
 def _overview(facts: dict, duplicates: str) -> Table:
-    split, structures = facts["split"], facts["split"]["structures"]
+    split = facts["split"]
     shared = split["molecules_in_two_splits"]
     leak = "no molecule stands in two splits" if not shared else f"{shared:,} molecules stand in more than one split"
     if shared and split["by"] == "structure":
@@ -173,7 +173,7 @@ def _overview(facts: dict, duplicates: str) -> Table:
     for name, value in (
         ("structures", f"{facts['structures']:,} ({facts['atoms']:,} atoms, {facts['molecules']:,} molecules)"),
         ("quarantined", f"{facts['quarantined']:,}"),
-        (f"split by {split['by']}", ", ".join(f"{name} {count:,}" for name, count in structures.items())),
+        (f"split by {split['by']}", split_text(split["structures"], split["molecules"])),
         ("", leak),
         ("duplicates", duplicates),
         ("elements, cutoff", f"{' '.join(facts['elements'])}, {facts['cutoff']:g} Å"),

@@ -242,6 +242,18 @@ class Store:
             raise DataError(f"store {self.path}: {name} is {found}; run 'hpcmlip verify {self.path}', then shard again")
 
 
+def molecules_of_splits(store: Store) -> np.ndarray:
+    """[molecules, splits] bool: has a molecule structures in a split? Counted from the rows themselves."""
+    seen = np.zeros((store.meta.num_molecules, len(SPLITS)), dtype=bool)
+    for group in store.meta.groups:
+        for segment in group.segments:
+            step = group.rows_per_shard
+            for start in range(segment.start, segment.stop, step):
+                molecule = store.read(group, "molecule", start, min(start + step, segment.stop))
+                seen[molecule, SPLITS.index(segment.split)] = True
+    return seen
+
+
 class _Folder(LocalStore):
     """A folder whose root metadata was read before: of many runs that begin together each reads it once."""
 

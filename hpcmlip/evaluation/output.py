@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hpcmlip.config import MODEL_LIMITS
-from hpcmlip.data.store import energy_bit, forces_bit
+from hpcmlip.data.store import SPLITS, energy_bit, forces_bit, molecules_of_splits
 from hpcmlip.errors import RunError
 from hpcmlip.evaluation import conformers, overlap, plots, predictions, report, table
 from hpcmlip.evaluation.figures import CONFIDENCE
@@ -83,6 +83,7 @@ def describe(task: Task, found: Found, unit: str) -> dict:
         + limits(task.ensemble)
         + different_settings(task.ensemble),
         "num_structures": task.dataset.count(task.split),
+        "num_molecules": int(molecules_of_splits(store)[:, SPLITS.index(task.split)].sum()),
         "store": {
             "path": str(store.path),
             "name": meta.name,

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.data import covalent_radii
 from ase.stress import full_3x3_to_voigt_6_stress
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 
 from hpcmlip.batch import AtomsBatch
 from hpcmlip.data.plan import pairs
 from hpcmlip.errors import ConfigError, DataError
 from hpcmlip.evaluation.members import Ensemble, find_members, load_members
 from hpcmlip.evaluation.sums import std
-from hpcmlip.lattice import lacks_volume
+from hpcmlip.lattice import LARGEST_DENSE, lacks_volume, nearest_distances
 from hpcmlip.launch import World
 from hpcmlip.neighbours import topology
 from hpcmlip.training.setup import choose_device
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 PAIRS_PER_BLOCK = 20_000
 WINDOW = 4096
 """Structures that are held at a time."""
+BONDS = (0.5, 1.6)
+"""Of `bond_ratio`; molecules are near 1, coordinates in bohr near 1.9."""
 STARTS_PROGRAMS = {"castep-cell"}
 """Formats of ASE whose readers run what they find in PATH."""
 
@@ -67,9 +72,13 @@ def predict(models: Sequence[Path], structures: Path, out: Path, *, level: str |
     ensemble.check_level(level)
     temporary = Path(out).with_name(f".{Path(out).name}.{os.getpid()}.tmp")
     spreads: list[float | None] = []
+    odd: list[int] = []
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for window in _windows(Path(structures)):
+                odd += [
+                    len(spreads) + i for i, atoms in enumerate(window) if not BONDS[0] < bond_ratio(atoms) < BONDS[1]
+                ]
                 for atoms, said in zip(window, estimate(ensemble, window, level, first=len(spreads)), strict=True):
                     ase.io.write(file, _annotated(atoms, said, level), format="extxyz")
                     spreads.append(said.energy_std)
@@ -82,6 +91,12 @@ def predict(models: Sequence[Path], structures: Path, out: Path, *, level: str |
         temporary.unlink(missing_ok=True)
     print(f"{len(spreads)} structures at level {level} with {len(ensemble.members)} models -> {out} (eV, eV/Å)")
     print(_about_spread(spreads))
+    if odd:
+        log.warning(
+            "in %d structure(s), of which %d is the first, the two nearest atoms are nearer than %g or farther than %g "
+            "bond lengths: are the coordinates in Å? Of such structures the models know nothing",
+            *(len(odd), odd[0], *BONDS),
+        )
 
 
 def _about_spread(spreads: Sequence[float | None]) -> str:
@@ -92,6 +107,27 @@ def _about_spread(spreads: Sequence[float | None]) -> str:
         f"energy_std, the standard deviation between models: median {np.median(spreads):.3g} eV, largest "
         f"{spreads[worst]:.3g} eV (structure {worst}); how it relates to errors is in the report of 'hpcmlip evaluate'"
     )
+
+
+def bond_ratio(atoms: Atoms) -> float:
+    """Distance of the two nearest atoms over the sum of their covalent radii; 1 for a single atom.
+
+    Of a periodic structure the nearest images count, and the average radius.
+    """
+    if len(atoms) < 2:
+        return 1.0
+    radii = covalent_radii[atoms.numbers]
+    if atoms.pbc.any():
+        reach = 4 * radii.mean()
+        nearest = nearest_distances(atoms.positions[None], atoms.cell[:][None], atoms.pbc[None], reach)[0]
+        return float(nearest / (2 * radii.mean()))
+    if len(atoms) > LARGEST_DENSE:
+        tree = cKDTree(atoms.positions)
+        distance, neighbour = (x[:, 1] for x in tree.query(atoms.positions, k=2))
+        return float((distance / (radii + radii[neighbour])).min())
+    bonds = radii[:, None] + radii
+    np.fill_diagonal(bonds, np.nan)
+    return float(np.nanmin(cdist(atoms.positions, atoms.positions) / bonds))
 
 
 def default_level(ensemble: Ensemble) -> str:

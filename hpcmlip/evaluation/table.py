@@ -77,7 +77,8 @@ def caption(content: dict) -> str:
     n, split, unit = len(content["members"]), content["split"], content["unit"]
     what = f"mean ± half-width of the 95 % t interval over {n} members" if n > 1 else "one member, hence no interval"
     return (
-        f"Split '{split['name']}' of {content['store']['name']}: {content['num_structures']:,} structures, split by "
+        f"Split '{split['name']}' of {content['store']['name']}: {content['num_structures']:,} structures of "
+        f"{content['num_molecules']:,} molecules, split by "
         f"{split.get('by', '?')}. Energies in {unit}, forces in {unit_of('forces', unit)}. MAE, RMSE: {what}; "
         "ensemble: RMSE of the members' mean prediction; baseline: RMSE of composition alone and zero forces."
         + (" ΔE: differences between conformers within 100 kcal/mol." if content["conformers"] else "")

@@ -1,5 +1,7 @@
 """`predict` and the ASE calculator: equal to each other and to `evaluate`, derivatives, dynamics, bad structures."""
 
+import logging
+
 import ase.io
 import numpy as np
 import pytest
@@ -127,6 +129,24 @@ def test_labels_of_a_file_are_kept_under_other_names(experiment, tmp_path, capsy
     assert first.info["ref_energy"] == 1.0 and np.array_equal(first.arrays["ref_forces"], np.ones((4, 3)))
     assert len(second) == 3 and "ref_energy" not in second.info
     assert "one model, so there is no spread" in capsys.readouterr().out
+
+
+def test_structures_that_are_no_molecules_are_told(experiment, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hpcmlip"), "propagate", True)
+    good, short, bohr = molecule("CH3OH"), molecule("H2"), molecule("CH3OH")
+    short.positions *= 0.2
+    bohr.positions /= units.Bohr
+    boxed = Atoms("H2O", positions=molecule("H2O").positions, cell=[9, 9, 9], pbc=True)
+    for structures, told in (
+        ([good, molecule("H2O"), boxed], ""),
+        ([good, short, bohr], "in 2 structure(s), of which 1"),
+    ):
+        caplog.clear()
+        ase.io.write(tmp_path / "in.xyz", structures)
+        prediction.predict([experiment], tmp_path / "in.xyz", tmp_path / "out.xyz")
+        assert told in caplog.text and bool(told) == bool(caplog.text)
+    chain = Atoms("C100", positions=[[1.4 * i, 0, 0] for i in range(100)])
+    assert prediction.bond_ratio(chain) == pytest.approx(prediction.bond_ratio(chain[:2])) == pytest.approx(1.4 / 1.52)
 
 
 def test_the_structures_are_not_overwritten(experiment, tmp_path):
