@@ -76,11 +76,10 @@ def predict(models: Sequence[Path], structures: Path, out: Path, *, level: str |
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for window in _windows(Path(structures)):
-                odd += [
-                    len(spreads) + i for i, atoms in enumerate(window) if not BONDS[0] < bond_ratio(atoms) < BONDS[1]
-                ]
                 for atoms, said in zip(window, estimate(ensemble, window, level, first=len(spreads)), strict=True):
                     ase.io.write(file, _annotated(atoms, said, level), format="extxyz")
+                    if not BONDS[0] < bond_ratio(atoms) < BONDS[1]:
+                        odd.append(len(spreads))
                     spreads.append(said.energy_std)
         if not spreads:
             raise DataError(f"{structures} holds no structure")
