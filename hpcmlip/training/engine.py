@@ -62,18 +62,44 @@ class Engine:
 
         Nothing is updated, on any rank, if the sums or the gradients are not finite.
         """
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if len(micro_batches) > 1 and not self.objective.needs_sums:
+            return self._step_by_counts(micro_batches, flags)
         local = self._local_sums(micro_batches)
-        total = sum(sums.detach() for _, sums in local)
-        extra = torch.tensor(flags, dtype=total.dtype, device=total.device)
-        reduced = dist.all_sum(torch.cat([total, extra])).cpu()
-        total, flags = reduced[: len(total)], tuple(reduced[len(total) :].tolist())
+        total, flags = self._reduced(sum(sums.detach() for _, sums in local), flags)
         loss = float(self.objective.value(total))
         if not (math.isfinite(loss) and bool(torch.isfinite(total).all())):
             return StepResult(math.nan, False, flags)
         slope = self.objective.slope(total).to(self.device)
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
-        return StepResult(loss, self._update(local, slope), flags)
+        for i, (blocks, sums) in enumerate(local):
+            with_graph = sums if i == 0 else self._deepspeed(blocks)
+            self._backward(with_graph, slope, is_last=i == len(local) - 1)
+        return StepResult(loss, self._apply(), flags)
+
+    def _step_by_counts(self, micro_batches: Sequence[MicroBatch], flags: Sequence[float]) -> StepResult:
+        """A step where the numbers of labels of all ranks give the slope, so that each micro-batch is passed once."""
+        counts = dist.all_sum(sum(self.objective.counts(blocks) for blocks in micro_batches))
+        slope, total = self.objective.slope(counts).to(self.device), 0.0
+        self._deepspeed.train()
+        for i, blocks in enumerate(micro_batches):
+            sums = self._deepspeed(tuple(block.to(self.device) for block in blocks))
+            total = total + sums.detach()
+            is_last = i == len(micro_batches) - 1
+            if is_last:
+                total, flags = self._reduced(total, flags)
+                loss = float(self.objective.value(total))
+                if not (math.isfinite(loss) and bool(torch.isfinite(total).all())):
+                    # gradients of the others are there already: spoilt altogether, they are refused on every rank
+                    loss, slope = math.nan, slope * math.nan
+            self._backward(sums, slope, is_last=is_last)
+        return StepResult(loss, self._apply(), flags)
+
+    def _reduced(self, sums: Tensor, flags: Sequence[float]) -> tuple[Tensor, tuple[float, ...]]:
+        """Sums [S], on the CPU, and flags of all ranks."""
+        extra = torch.tensor(flags, dtype=sums.dtype, device=sums.device)
+        reduced = dist.all_sum(torch.cat([sums, extra])).cpu()
+        return reduced[: len(sums)], tuple(reduced[len(sums) :].tolist())
 
     def _local_sums(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, Tensor]]:
         """Micro-batches with their sums, the last first and with its graph: memory holds one graph at a time."""
@@ -86,11 +112,12 @@ class Engine:
         self._deepspeed.train()
         return [(last, self._deepspeed(last)), *found]
 
-    def _update(self, local: Sequence[tuple[MicroBatch, Tensor]], slope: Tensor) -> bool:
-        for i, (blocks, sums) in enumerate(local):
-            self._deepspeed.set_gradient_accumulation_boundary(i == len(local) - 1)
-            with_graph = sums if i == 0 else self._deepspeed(blocks)
-            self._deepspeed.backward(surrogate(with_graph, slope, self.world.size), scale_wrt_gas=False)
+    def _backward(self, sums: Tensor, slope: Tensor, *, is_last: bool) -> None:
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        self._deepspeed.backward(surrogate(sums, slope, self.world.size), scale_wrt_gas=False)
+
+    def _apply(self) -> bool:
+        """Update the weights, if all gradients are finite; were they?"""
         if self._stage == 0 and not self._gradients_finite():
             self._deepspeed.zero_grad()
             return False

@@ -34,6 +34,16 @@ def batch_errors(batch: AtomsBatch, prediction: Prediction) -> dict[str, tuple[T
     return errors
 
 
+def label_counts(spec: DataSpec, batch: AtomsBatch) -> Tensor:
+    """[L, 2] float64: numbers of energies and force components of a batch that `penalty_sums` counts."""
+    real = batch.weight > 0
+    counts = torch.zeros(len(spec.levels), 2, dtype=torch.float64, device=batch.energy.device)
+    counts[:, 0] = (real[:, None] & ~torch.isnan(batch.energy)).sum(0)
+    components = batch.topology.lift_structures(real)[:, None, None] & ~torch.isnan(batch.forces)
+    counts[list(spec.force_levels), 1] = components.sum((0, 2)).double()
+    return counts
+
+
 Penalty = Callable[[Tensor], Tensor]
 """Error -> penalty, element by element."""
 

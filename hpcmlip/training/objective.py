@@ -17,7 +17,7 @@ from hpcmlip.config import LossSection, RunConfig
 from hpcmlip.errors import ConfigError
 from hpcmlip.models.potential import Potential
 from hpcmlip.training import hierarchicality
-from hpcmlip.training.errors import Penalty, penalty_sums
+from hpcmlip.training.errors import Penalty, label_counts, penalty_sums
 from hpcmlip.units import ENERGY_UNITS
 
 _UNDER_ROOT = 1e-12
@@ -33,6 +33,11 @@ class Loss:
     """Mean of each penalty, in that order -> value."""
     is_square: bool = False
     """Is the value in the square of the unit of the errors?"""
+
+    @property
+    def is_mean(self) -> bool:
+        """Is the value a plain mean over labels?"""
+        return self.combine is _mean
 
 
 def _rmse_mae(square: Tensor, absolute: Tensor) -> Tensor:
@@ -96,6 +101,16 @@ class Objective(nn.Module):
                     f"isolated atoms at {level} are unknown, without which the regularizer has no meaning: give "
                     "'atomic_energies' of this level in DATA.yaml and shard again, or set the weight to 0"
                 )
+
+    @property
+    def needs_sums(self) -> bool:
+        """Does the slope depend on the errors, not on the numbers of labels alone?"""
+        return self._has_hierarchy or not self._loss.is_mean
+
+    def counts(self, blocks: Sequence[AtomsBatch]) -> Tensor:
+        """[S] float64: the numbers of labels among the sums of a micro-batch, the rest 0; no network is asked."""
+        counts = sum(label_counts(self.spec, block) for block in blocks)
+        return torch.nn.functional.pad(counts[..., None], (0, len(self._loss.penalties))).flatten()
 
     def forward(self, blocks: Sequence[AtomsBatch]) -> Tensor:
         """[S] float64: the sums of a micro-batch, differentiable in training mode; they add over micro-batches."""

@@ -3,9 +3,9 @@
     bad_step_worker.py CASE.json STORE OUT
 
 CASE.json: {"config": RUN.yaml as plain values, "stages": [...], "rank", "micro_batch", "value" and "property" of the
-bad label, "unchecked": true to do without the finite check}. For each ZeRO stage: a good step, a step with the bad
-label, a step whose gradient overflows on that rank, a good step. Leaves what happened as OUT/stage<S>.rank<R>.json.
-Beside it: sums through the engine against plain torch.
+bad label, "loss": its kind, "unchecked": true to do without the finite check}. For each ZeRO stage: a good step, a
+step with the bad label, a step whose gradient overflows on that rank, a good step. Leaves what happened as
+OUT/stage<S>.rank<R>.json. Beside it: sums through the engine against plain torch.
 """
 
 import copy
@@ -60,6 +60,8 @@ def stage_report(stage: int, case: dict, store: Path, world) -> dict:
     values = copy.deepcopy(case["config"])
     values["data"] |= {"stores": [str(store)]}
     values["train"] |= {"micro_batches_per_step": 4}
+    if case["loss"] != "rmse_mae":
+        values["loss"] = {"kind": case["loss"]}
     values["engine"] |= {"zero_stage": stage}
     config = from_values(RunConfig, values, Path.cwd(), where="test")
     dataset = Dataset.open(config.data.stores, config.data.levels)

@@ -3,8 +3,8 @@
     steps_worker.py CASES.json STORE OUT
 
 CASES.json holds {"config": RUN.yaml as plain values, "cases": [...]}. A case is {"name", "mode", "micro_batches",
-"steps"} with "stage", "clip_norm" and "optim" where they matter. `mode` "engine" is the real one; "restored" is it too,
-given up half-way for a new one that begins with the state of the first. "torch" knows no DeepSpeed and
+"steps"} with "stage", "clip_norm", "loss" and "optim" where they matter. `mode` "engine" is the real one; "restored"
+is it too, given up half-way for a new one that begins with the state of the first. "torch" knows no DeepSpeed and
 no accumulation: a process takes its micro-batches as one batch, differentiates their objective and averages the
 gradients over ranks. On one rank that is the reference; on several it is the mistake that the engine must not make, a
 mean of the ranks' RMSEs.
@@ -37,6 +37,7 @@ def run_config(values: dict, store: Path, case: dict) -> RunConfig:
         "dz": {"energy": 1, "forces": 1, "hierarchicality": 1},
         "cc": {"energy": 1, "hierarchicality": 1},
     }
+    values["loss"] = case.get("loss", values["loss"])
     values["optim"] |= {"clip_norm": case.get("clip_norm", 0.0), **case.get("optim", {})}
     values["train"] |= {"micro_batches_per_step": case["micro_batches"]}
     values["engine"] |= {"zero_stage": case.get("stage", 0)}

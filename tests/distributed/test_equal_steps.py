@@ -23,6 +23,7 @@ REFERENCES = {
     "six": {"micro_batches": 6},
     "three": {"micro_batches": 3},
     "two, clipped": {"micro_batches": 2, "clip_norm": 20.0},
+    "six, mae": {"micro_batches": 6, "loss": {"kind": "mae", "unit": "eV"}},
 }
 """What enters a step; each is compared over all numbers of ranks that divide its micro-batches."""
 

@@ -150,6 +150,23 @@ def test_surrogates_of_ranks_and_micro_batches_average_to_the_gradient_of_the_wh
     assert float((of_each - whole).norm() / whole.norm()) > 1e-2, "the mean of the parts' values would pass this test"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_labels_give_the_slope_unless_the_objective_says_otherwise(
+    make_config, make_objective, micro_batches, kind
+):
+    weights = {"dz": {"energy": 2.0, "forces": 3.0}, "cc": {"energy": 5.0}}
+    objective = make_objective(make_config(loss=loss_of(kind, energy_per="atom", weights=weights)))
+    a, b = micro_batches[:2]
+    blocks = [*(without_labels(block, energy=[1]) for block in a), *(without_labels(block, forces=True) for block in b)]
+    blocks[0] = dataclasses.replace(blocks[0], weight=torch.zeros_like(blocks[0].weight))
+    sums, counts = objective(blocks).detach(), objective.counts(blocks)
+    is_count = counts != 0
+    assert is_count.sum() == 3 and torch.equal(sums[is_count], counts[is_count])  # cc has no force labels
+    by_sums, by_counts = objective.slope(sums)[~is_count], objective.slope(counts)[~is_count]
+    assert torch.equal(by_sums, by_counts) != objective.needs_sums
+    assert objective.needs_sums == (kind == "rmse_mae")
+
+
 @pytest.mark.parametrize(
     "which",
     [("dz", "energy"), ("dz", "forces"), ("dz", "hierarchicality"), ("cc", "energy"), ("cc", "hierarchicality")],
