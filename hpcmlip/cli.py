@@ -222,7 +222,10 @@ def suggest(
 
 @app.command()
 def status(
-    experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Experiment directory that submit made.")],
+    experiment: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Experiment directory that submit made, or the run directory of train."),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ):
     """One line a member: state, step, best validation, time left, restarts; of failed ones the end of their log.

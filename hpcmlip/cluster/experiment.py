@@ -30,7 +30,7 @@ from hpcmlip.config import RunConfig, changed, dump, load
 from hpcmlip.data.store import open_store
 from hpcmlip.errors import ConfigError, RunError, UserError
 from hpcmlip.files import write_atomic
-from hpcmlip.training.rundir import differing, finished, fixed, pruned
+from hpcmlip.training.rundir import CONFIG, differing, finished, fixed, pruned
 
 SCHEMA = 2
 RECORD = "experiment.json"
@@ -166,10 +166,13 @@ def open_experiment(folder: Path) -> Experiment:
     """The experiment in a folder; raises ConfigError if there is none, RunError if it is damaged or too new."""
     folder = folder.absolute()
     path = folder / RECORD
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}")
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{folder} is no experiment directory: it holds no {RECORD}") from None
+        hint = f"; the experiment is {folder.parent}" if (folder.parent / RECORD).is_file() else ""
+        raise ConfigError(f"{folder} is no experiment directory: it holds no {RECORD}{hint}") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
@@ -185,6 +188,14 @@ def open_experiment(folder: Path) -> Experiment:
     except (KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged: {error}") from None
     return Experiment(folder, config, members, evaluation, growth)
+
+
+def open_single(folder: Path) -> Experiment | None:
+    """A run by itself as an experiment of one member; None for anything else."""
+    folder = folder.absolute()
+    if not (folder / CONFIG).is_file() or (folder.parent / RECORD).is_file():
+        return None
+    return Experiment(folder.parent, load(RunConfig, folder / CONFIG), (Member(folder.name, {}),))
 
 
 def identity(config: RunConfig) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hpcmlip.cluster import activity, scheduler, sweep
 from hpcmlip.cluster.activity import RUNNING, WAITING, Activity, Event
-from hpcmlip.cluster.experiment import Experiment, is_finished, is_pruned, open_experiment
+from hpcmlip.cluster.experiment import Experiment, is_finished, is_pruned, open_experiment, open_single
 from hpcmlip.data.inspection import wide_console
 from hpcmlip.errors import RunError
 from hpcmlip.training.metrics import METRICS
@@ -81,8 +81,8 @@ def read(experiment: Experiment, *, now: float, queue: dict[str, str] | None = N
 
 
 def show(folder: Path, *, as_json: bool) -> None:
-    """Print the status of an experiment; raises ConfigError if `folder` holds none."""
-    experiment = open_experiment(folder)
+    """Print the status of an experiment, or of a run by itself; raises ConfigError if `folder` holds neither."""
+    experiment = open_single(folder) or open_experiment(folder)
     queue = _queue(experiment)
     members = read(experiment, now=time.time(), queue=queue)
     evaluated = experiment.evaluation is not None and experiment.is_evaluated()

@@ -238,7 +238,9 @@ class Ensemble:
     ) -> list[Answer]:
         """Answers for blocks of equally sized structures with atomic numbers [B, N] (the blocks' own species and labels
         are not used): energies of `levels`, forces and, of periodic blocks, `stress` of the levels `forces`."""
-        each = [self._ask_member(member, blocks, numbers, levels, forces, stress) for member in self.members]
+        bare = [replace(block, energy=None, forces=None, force_labels=None) for block in blocks]
+        moved = [block.to(self.device, self.dtype) for block in bare]
+        each = [self._ask_member(member, moved, numbers, levels, forces, stress) for member in self.members]
         return [
             Answer(*(None if parts[0] is None else np.stack(parts) for parts in zip(*answers, strict=True)))
             for answers in zip(*each, strict=True)
@@ -249,9 +251,7 @@ class Ensemble:
         spec = member.spec
         species = [member.species_of[z] for z in numbers]
         inputs = [
-            replace(block, species=torch.from_numpy(s.reshape(-1)), energy=None, forces=None, force_labels=None).to(
-                self.device, self.dtype
-            )
+            replace(block, species=torch.from_numpy(s.reshape(-1)).to(self.device))
             for block, s in zip(blocks, species, strict=True)
         ]
         columns = [spec.levels.index(name) for name in levels]

@@ -38,7 +38,7 @@ MAY_CHANGE = (
     # where the stores lie may change; that they hold the same data is checked against the checkpoint
     "data.stores",
 )
-"""Beginnings of the keys that may differ when a run goes on: they change no number."""
+"""Beginnings of the keys that may differ when a run goes on: they change no number beyond rounding."""
 
 
 class RunDirectory:

@@ -11,6 +11,7 @@ from hpcmlip.cluster import status
 from hpcmlip.cluster.experiment import Experiment, Member, ensemble
 from hpcmlip.config import RunConfig, from_values
 from hpcmlip.errors import ConfigError
+from hpcmlip.training.rundir import RunDirectory
 
 START = 1_700_000_000.0
 
@@ -142,3 +143,18 @@ def test_a_folder_without_experiment_is_refused(tmp_path):
     for act in (lambda: status.show(tmp_path, as_json=False), lambda: status.cancel(tmp_path)):
         with pytest.raises(ConfigError, match=r"no experiment directory: it holds no experiment\.json"):
             act()
+
+
+def test_a_run_by_itself_and_a_member(experiment, tmp_path, capsys):
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    with RunDirectory(run, experiment.config):
+        _metrics(run, 3)
+    status.show(run, as_json=True)
+    (member,) = json.loads(capsys.readouterr().out)["members"]
+    assert (member["member"], member["step"], member["epochs"], member["best"]) == ("mine", 12, 10, 4.0)
+    (tmp_path / "runs" / "experiment.json").touch()
+    with pytest.raises(ConfigError, match=r"no experiment directory.*; the experiment is .*runs$"):
+        status.show(run, as_json=False)
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere"):
+        status.show(tmp_path / "nowhere", as_json=False)
