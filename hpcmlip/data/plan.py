@@ -156,7 +156,7 @@ def plan(
     steps = max([1, *(int(-(-c.sum() // share)) for c in costs)])
     taken_in = [_steps(c, steps) for c in costs]
     steps = max([1, *(int(own[-1]) + 1 for own in taken_in if len(own))])
-    return [StreamPlan(b, np.searchsorted(own, np.arange(steps + 1))) for b, own in zip(streams, taken_in, strict=True)]
+    return [StreamPlan(b, _edges(own, steps)) for b, own in zip(streams, taken_in, strict=True)]
 
 
 def _cut(count: int, size: int, stream: int, num_streams: int, shift: int) -> np.ndarray:
@@ -176,6 +176,11 @@ def _steps(costs: np.ndarray, steps: int) -> np.ndarray:
     total = int(ends[-1]) if len(ends) else 0
     begins_in = (ends - costs) * steps // max(total, 1)
     return np.minimum(np.diff(begins_in, prepend=begins_in[:1]), 1).cumsum()
+
+
+def _edges(taken_in: np.ndarray, steps: int) -> np.ndarray:
+    """[steps + 1] of `StreamPlan`, from the step of each block; none are left for the last steps of a short stream."""
+    return np.searchsorted(taken_in, np.arange(steps + 1))
 
 
 def work(groups: Sequence[Rows], streams: Sequence[StreamPlan]) -> np.ndarray:

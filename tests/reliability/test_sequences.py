@@ -101,7 +101,7 @@ def test_any_number_of_structures(tmp_path, draw):
 @pytest.mark.control("R14", broken="each stream has as many steps as it needs")
 def test_ranks_with_unequal_steps_are_seen(tmp_path, monkeypatch):
     cut = plan._edges
-    monkeypatch.setattr(plan, "_edges", lambda costs, steps: cut(costs, max(1, len(costs))))
+    monkeypatch.setattr(plan, "_edges", lambda taken_in, steps: cut(taken_in, taken_in.max(initial=0) + 1))
     monkeypatch.setattr(TrainLoader, "steps", lambda self, epoch: len(self._plan(epoch)[self._streams[0]].edges) - 1)
     monkeypatch.setattr(TrainLoader, "_produce", _own_steps)
     assert any("steps" in text for text in uneven(make_store(tmp_path, 9), 9))
