@@ -12,7 +12,7 @@ from hpcmlip.cli import app
 SURFACE = {
     "bench": ["name"],
     "cancel": ["experiment"],
-    "configs": ["--to"],
+    "configs": ["--to", "--keys"],
     "doctor": ["--site", "--json"],
     "evaluate": ["runs", "--data", "--split", "--out", "--units", "--min-members"],
     "fetch": ["dataset", "--to"],

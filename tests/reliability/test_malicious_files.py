@@ -20,7 +20,7 @@ from ase.build import molecule
 
 from hpcmlip import cli
 from hpcmlip.config import load
-from hpcmlip.errors import RunError
+from hpcmlip.errors import StoppedError
 from hpcmlip.preprocess import pipeline
 from hpcmlip.preprocess.config import DataConfig
 from hpcmlip.preprocess.job import make
@@ -237,7 +237,7 @@ def test_an_unfinished_store(samples, mark, refused, tmp_path):
                 raise KeyboardInterrupt
             done(task, function(task))
 
-    with pytest.raises(RunError, match="stopped"):
+    with pytest.raises(StoppedError, match="stopped"):
         pipeline.build(job, execute)
     files = [path for part in ("scan", "write") for path in (job.work / part).iterdir()]
     assert {path.suffix for path in files} == {".json", ".npz"}

@@ -117,13 +117,13 @@ def unsealed(text: bytes, schema: int) -> dict:
 
 
 def no_digest_of_the_card(monkeypatch) -> str:
-    monkeypatch.setattr(export, "unseal", unsealed)
+    monkeypatch.setattr(card, "unseal", unsealed)
     return "model"
 
 
 def no_hash_of_the_weights(monkeypatch) -> str:
     def read(path: Path) -> tuple[Path, dict, bytes]:
-        return path / export.CARD, card._read_card(path / export.CARD), (path / export.WEIGHTS).read_bytes()
+        return path / card.CARD, card._read_card(path / card.CARD), (path / card.WEIGHTS).read_bytes()
 
     monkeypatch.setattr(export, "read_model", read)
     return "model"

@@ -16,13 +16,13 @@ from hpcmlip.cluster.experiment import open_experiment
 from hpcmlip.data import store as stores
 from hpcmlip.errors import UserError
 from hpcmlip.evaluation.prediction import predict
-from hpcmlip.models import export
+from hpcmlip.models import card, export
 from hpcmlip.sealing import seal, unseal
 from hpcmlip.training import checkpoint, rundir
 
 STORED = Path(__file__).with_name("stored")
 OLDER = "schema1"
-PRESENT = STORED / f"schema{export.SCHEMA}"
+PRESENT = STORED / f"schema{card.SCHEMA}"
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ READ = {
     "store": lambda run, store: stores.open_store(store),
 }
 CASES = {
-    "newer model": ("model", lambda run, store: newer(run / export.CARD, export.SCHEMA), "upgrade hpcmlip"),
+    "newer model": ("model", lambda run, store: newer(run / card.CARD, card.SCHEMA), "upgrade hpcmlip"),
     "older model": ("model", older, r"schema 1.*use it with the hpcmlip that made it, or train it again"),
     "newer checkpoint": ("checkpoint", newer_checkpoint, "upgrade hpcmlip"),
     "older checkpoint": ("checkpoint", older, r"schema 1.*finish the run with the hpcmlip that began it"),
@@ -131,7 +131,7 @@ def test_another_version_is_refused_with_what_to_do(run, store, case):
 
 
 @pytest.mark.control("R19", broken="the schema number is not looked at")
-@pytest.mark.parametrize(("module", "case"), [(export, "newer model"), (checkpoint, "newer checkpoint")])
+@pytest.mark.parametrize(("module", "case"), [(card, "newer model"), (checkpoint, "newer checkpoint")])
 def test_without_the_number_the_check_fails(run, store, monkeypatch, module, case):
     monkeypatch.setattr(module, "unseal", lambda text, schema: unseal(text, json.loads(text)["schema"]))
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):

@@ -105,6 +105,7 @@ def test_an_evaluation_that_waits_for_success_is_seen_to_be_absent(queue, cli, x
     cli(*arguments, "--dry-run", env=queue.env)
     foreign = experiment.folder / "member_00" / "config.yaml"
     foreign.write_text((experiment.folder / "configs" / "member_01.yaml").read_text())
+    (foreign.parent / "checkpoints" / "one").mkdir(parents=True)
     queue.run(sys.executable, str(BROKEN), "after_success", *map(str, arguments))
     wait_until(
         lambda: [job.split()[-1] for job in queue.jobs()] == ["DependencyNeverSatisfied"], 240, experiment.output
