@@ -296,7 +296,7 @@ def test_retry_with_another_site(config, tmp_path):
         (["run.yaml", "--retry", "e"], "leave out RUN.yaml"),
         (["--retry", "e", "--members", 3, "--run-dir", "x"], "leave out --members, --run-dir"),
         (["--retry", "e", "--sweep", "s.yaml"], "leave out --sweep"),
-        (["--retry", "e"], "is no experiment directory"),
+        (["--retry", "e"], "there is no folder"),
         ([], "needs a RUN.yaml, or --retry DIR"),
         (["--local"], "needs a RUN.yaml, or --retry DIR"),
     ],

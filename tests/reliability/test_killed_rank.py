@@ -15,7 +15,9 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_bitwise(undisturbed, mpirun,
     arguments = (2, "train", undisturbed.config, "--run-dir", tmp_path / "run")
     ended = mpirun(*arguments, after=moment, send=signal.SIGKILL, to=[rank])
     if ended.was_hit:
-        assert ended.returncode != 0 and ended.seconds - moment < 30, ended.output
+        # the signal may reach a process that has done all its work and is about to leave
+        had_ended = (tmp_path / "run" / "done.json").exists()
+        assert (ended.returncode != 0 or had_ended) and ended.seconds - moment < 30, ended.output
     ended = mpirun(*arguments)
     assert ended.returncode == 0, ended.output
     assert not differences(RunDir(tmp_path / "run"), undisturbed.run_dir)
