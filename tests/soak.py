@@ -44,7 +44,10 @@ FAULTS = {
     "R15": ("eight jobs of two ranks start together", "all finish, none joins another"),
     "R16": ("two jobs in one run directory", "the second is told who is there; a dead job's lock is taken over"),
     "R17": ("lock of a killed extension build", "training starts, `doctor` names it"),
-    "R18": ("config changed between two starts", "refused with the difference, unless it changes no number"),
+    "R18": (
+        "config changed between two starts",
+        "refused with the difference once there is a checkpoint, unless it changes no number",
+    ),
     "R19": ("checkpoint or model of another version", "one sentence that says what to do"),
     "R20": ("cache, prefetch, number of ranks", "the same sequence of structures"),
     "R21": ("forces through the engine", "gradients within 1e-5 of a float64 reference; stage 3 refused"),
